@@ -8,14 +8,14 @@ __all__ = ['Fraction', 'Ints', 'Precision', 'PACKAGES', 'COLORS', 'ConfigError',
            'cpu_name', 'provenance', 'save_record', 'read_record', 'cell', 'Column', 'show_cell', 'table_markdown',
            'save_table', 'figure_style', 'save_figure', 'image_grid', 'to_uint8']
 
-# %% ../nbs/00_core.ipynb #fe7c6eca
+# %% ../nbs/00_core.ipynb #9b5c0cf0
 import difflib, hashlib, json, os, platform, statistics, sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from tqdm.auto import tqdm as auto_tqdm
 from tqdm.std import tqdm as std_tqdm
@@ -174,17 +174,16 @@ def read_record(base,        # folder that holds the stages' folders: runs/<prof
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as f: record["arrays"] = dict(f)
     return record
 
-# %% ../nbs/00_core.ipynb #e5e6ebc7
+# %% ../nbs/00_core.ipynb #4e3e4785
 def cell(records,    # one record, or a list of them (one per seed)
          key: str,   # dotted path inside the record, e.g. "train.fd"
         ) -> dict:   # {value, source} or {value, std, n, source}
     "A table cell that remembers where it was read. A value that was not measured is None."
     records = records if isinstance(records, list) else [records]
     def dig(r):
-        for k in key.split("."): r = r.get(k) if isinstance(r, dict) else None
+        for k in key.split("."): r = r.get(k) if isinstance(r, dict) else r[int(k)] if isinstance(r, list) else None
         return r
-    values = [dig(r) for r in records]
-    source = [f"{r['stage']}:{key}" for r in records]
+    values, source = [dig(r) for r in records], [f"{r['stage']}:{key}" for r in records]
     if None in values: return dict(value=None, source=source)
     if len(values) == 1: return dict(value=values[0], source=source)
     return dict(value=statistics.fmean(values), std=statistics.stdev(values), n=len(values), source=source)

@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['EVAL_SEED', 'generate', 'sample_images', 'flops', 'cost', 'training_cost', 'ms_per_image', 'EvalConfig', 'measure',
-           'evaluate']
+           'evaluate', 'sample_to_file', 'save_grid']
 
-# %% ../nbs/32_evaluate.ipynb #7d7ccadd
-import statistics, time
+# %% ../nbs/32_evaluate.ipynb #46c3fc5a
+import math, statistics, time
 
+import numpy as np
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import Ints, config, progress, to_uint8
+from .core import ConfigError, Ints, config, image_grid, progress, to_uint8
 from .data import ImageSet
 from .distill import DistillConfig, distill_loss
+from .files import atomic_path, load_checkpoint
 from .metrics import class_accuracy, compare, copy_share
 from .models import GET
 from .pairs import draw_noise
 from .precond import EDMPrecond
 from .sampler import SAMPLERS, num_evaluations
-from pydantic import NonNegativeInt, PositiveInt
 
 # %% ../nbs/32_evaluate.ipynb #5d3cc358
 EVAL_SEED = 1_000_000_000      # first seed of the noise that models are judged on; training pairs use lower ones
@@ -119,3 +121,28 @@ def evaluate(model, cfg: EvalConfig, train: ImageSet, test: ImageSet, classifier
         point = dict(num_steps=k, sampler=cfg.sampler) if kind == "teacher" else dict(n_iter=k)
         result["sweep"].append(measure(model, cfg, cfg.sweep_samples, *args, **point)[0])
     return result, images, labels
+
+# %% ../nbs/32_evaluate.ipynb #09e2ce62
+def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):  # raises FileError, ConfigError
+    "Draw n images with a checkpoint and save them as .png (grid) or .npz (images, labels, seeds)."
+    model = load_checkpoint(checkpoint); c = model.config
+    if "sigma_data" not in vars(model) and c["builder"] != "model": raise ConfigError(f"{checkpoint}: a {c['builder']} makes no images")
+    noise, y = draw_noise(range(seed, seed + n), (c["channels"],) + (c["image_size"],) * 2, c["num_classes"])
+    if labels and not c["num_classes"]: raise ConfigError(f"{checkpoint}: an unconditional model takes no labels")
+    if labels and not all(0 <= v < c["num_classes"] for v in labels): raise ConfigError(f"labels must lie in 0..{c['num_classes'] - 1}, got {list(labels)}")
+    if labels: y = torch.tensor([labels[i % len(labels)] for i in range(n)])
+    images = torch.cat([to_uint8(generate(model, a, b if c["num_classes"] else None, **how)) for a, b in zip(noise.split(500), y.split(500))]).numpy()
+    with atomic_path(out) as tmp:
+        if str(out).endswith(".npz"):
+            with open(tmp, "wb") as f: np.savez_compressed(f, images=images, labels=y.numpy(), seeds=np.arange(seed, seed + n))
+        else: save_grid(images, tmp)
+
+# %% ../nbs/32_evaluate.ipynb #aff96cd2
+def save_grid(images, path, scale: int = 0):  # uint8 (N, C, H, W); scale 0: about 64 pixels per image
+    "Save images as one png, in a grid as square as can be, enlarged without smoothing."
+    from PIL import Image
+    cols = math.ceil(len(images)**.5); rows = math.ceil(len(images) / cols)
+    full = np.full((rows * cols, *images.shape[1:]), 255, np.uint8); full[:len(images)] = images
+    scale = scale or max(1, 64 // images.shape[2])
+    grid = image_grid(full.reshape(rows, cols, *images.shape[1:]).repeat(scale, 3).repeat(scale, 4), pad=2)
+    Image.fromarray(grid).save(path, format="png")
