@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Commands', 'cli', 'main', 'options', 'reproduce', 'list_stages', 'stages', 'publish', 'sample', 'evaluate']
 
-# %% ../nbs/51_cli.ipynb #3775c7e4
+# %% ../nbs/51_cli.ipynb #9038ef1a
 import json, sys
 from pathlib import Path
 
 import click
 
-from . import pipeline, publish as publishing
+from . import pipeline, stages as chain
 from .core import ConfigError, find_root, nearest
 from .files import FileError
 
@@ -52,7 +52,7 @@ def options(*names):
         return f
     return wrap
 
-# %% ../nbs/51_cli.ipynb #88cd1b30
+# %% ../nbs/51_cli.ipynb #6b83c0da
 @cli.command()
 @options("profile", "stage", "group", "root", "runs")
 @click.option("--dry-run", is_flag=True, help="Say what would run and why, and stop.")
@@ -62,18 +62,18 @@ def reproduce(profile, stage, group, root, runs, dry_run, fresh, redraw):
     "Train, generate, evaluate and draw: everything of a profile that does not hold yet."
     root = find_root(root)
     if dry_run: return list_stages(root, profile, stage, group, runs)
-    if redraw: return publishing.redraw(root, profile, runs)
+    if redraw: return pipeline.redraw(root, profile, runs)
     folder = pipeline.run_profile(root, profile, stage, group, fresh, runs)
-    click.echo(publishing.compare_tables(folder, root / "results" / Path(profile).stem))
+    click.echo(pipeline.compare_tables(folder, root / "results" / Path(profile).stem))
 
-# %% ../nbs/51_cli.ipynb #25714a28
+# %% ../nbs/51_cli.ipynb #1f818858
 def list_stages(root, profile, stage=None, group=None, runs=None):
     "Print each stage, whether it holds, and how long it took."
     folder = Path(runs or root / "runs") / Path(profile).stem
-    for s in pipeline.select(pipeline.load_profile(root, profile), stage, group).values():
-        stamp = pipeline.read_stamp(folder / s.name)
+    for s in chain.select(chain.load_profile(root, profile), stage, group).values():
+        stamp = chain.read_stamp(folder / s.name)
         took = f"{stamp['seconds']:7.1f} s" if stamp else " " * 9
-        click.echo(f"{s.name:28} {took}  {pipeline.why_run(s, folder) or 'holds'}")
+        click.echo(f"{s.name:28} {took}  {chain.why_run(s, folder) or 'holds'}")
 
 @cli.command()
 @options("profile", "stage", "group", "root", "runs")
@@ -85,7 +85,7 @@ def stages(profile, stage, group, root, runs):
 @options("profile", "group", "root", "runs")
 def publish(profile, group, root, runs):
     "Copy records, tables and figures of finished stages into results/<profile>."
-    click.echo(publishing.publish(find_root(root), profile, group, runs))
+    click.echo(pipeline.publish(find_root(root), profile, group, runs))
 
 # %% ../nbs/51_cli.ipynb #541e4782
 @cli.command()
@@ -120,6 +120,3 @@ def evaluate(checkpoint, classifier, data, n, unconditional, steps):
     conditional = not unconditional and bool(model.config["num_classes"])
     result, _, _ = run(model, EvalConfig(samples=n, num_steps=steps, conditional=conditional), train, test, features, classifier)
     click.echo(json.dumps(result, indent=1))
-
-# %% ../nbs/51_cli.ipynb #7aeca747
-if __name__ == "__main__": main()

@@ -96,7 +96,7 @@ class ClassifierFeatures(FeatureExtractorBase):
 
 if "get-nb-classifier" not in FEATURE_EXTRACTORS_REGISTRY: torch_fidelity.register_feature_extractor("get-nb-classifier", ClassifierFeatures)
 
-# %% ../nbs/04_metrics.ipynb #b65b03f8
+# %% ../nbs/04_metrics.ipynb #33edf9be
 class Bytes(Dataset):
     "uint8 images (N, C, H, W), one at a time, as torch-fidelity wants them."
     def __init__(self, images): self.images = images
@@ -107,13 +107,13 @@ def compare(images,              # uint8 (N, C, H, W): generated
             reference,           # uint8 (M, C, H, W): real
             classifier_path,     # checkpoint whose features are compared
             cuda: bool = False,
-           ) -> dict:            # fd, kid (times 1000), precision, recall, inception_score
+           ) -> dict:            # fd, kid, precision, recall, inception_score
     "All distribution metrics between two sets of images."
     m = torch_fidelity.calculate_metrics(
         input1=Bytes(images), input2=Bytes(reference), cuda=cuda, batch_size=500, fid=True, kid=True, prc=True, isc=True,
         feature_extractor="get-nb-classifier", feature_extractor_weights_path=str(classifier_path),
         kid_subset_size=min(1000, len(images), len(reference)), isc_splits=min(10, len(images)), cache=False, save_cpu_ram=True, verbose=False)
-    return dict(fd=m["frechet_inception_distance"], kid=1000 * m["kernel_inception_distance_mean"], precision=m["precision"], recall=m["recall"], inception_score=m["inception_score_mean"])
+    return dict(fd=m["frechet_inception_distance"], kid=m["kernel_inception_distance_mean"], precision=m["precision"], recall=m["recall"], inception_score=m["inception_score_mean"])
 
 # %% ../nbs/04_metrics.ipynb #bf1cb7a0
 def nearest_training(images,   # uint8 (N, C, H, W)

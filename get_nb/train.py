@@ -118,21 +118,22 @@ def train_step(model, loss_fn, optimizer, step: int, cfg: TrainConfig, device): 
     optimizer.step()
     return loss.detach(), norm
 
-# %% ../nbs/03_train.ipynb #4e67c68f
+# %% ../nbs/03_train.ipynb #a7713d20
 def train(model,                # nn.Module; trained in place
           loss_fn,              # (model, step) -> scalar; a function of the step alone
           cfg: TrainConfig,
           state_dir=None,       # folder of the resumable state; None: keep none
           desc: str = "train",  # shown beside the progress
-         ):                     # ema model (eval mode), history; raises TrainingError, FileError
+         ):                     # ema model (eval mode), history {step, loss, seconds, resumed_at}; raises TrainingError, FileError
     "Train for cfg.steps steps, resuming from `state_dir` if it holds a checkpoint."
     device = next(model.parameters()).device
     model.train(); ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer, path = make_optimizer(model, cfg), Path(state_dir or ".") / "state.safetensors"
     tensors, info = read_state(path, cfg) if state_dir else (None, None)
     if tensors: restore_state(tensors, model, ema, optimizer)
-    start, history, window, seconds = (info[k] for k in ("step", "history", "window", "seconds")) if tensors else (0, dict(step=[], loss=[]), [], 0.)
-    def save(step): save_tensors(path, flatten_state(model, ema, optimizer), dict(kind="training", config=asdict(cfg), step=step, history=history, window=window, seconds=seconds + time.time() - began))
+    start, history, window, seconds, resumed = (info[k] for k in ("step", "history", "window", "seconds", "resumed")) if tensors else (0, dict(step=[], loss=[]), [], 0., [])
+    if tensors: resumed.append(start)
+    def save(step): save_tensors(path, flatten_state(model, ema, optimizer), dict(kind="training", config=asdict(cfg), step=step, history=history, window=window, seconds=seconds + time.time() - began, resumed=resumed))
     began, bar = time.time(), progress(total=cfg.steps, initial=start, desc=desc)
     for step in range(start, cfg.steps):
         loss, norm = train_step(model, loss_fn, optimizer, step, cfg, device)
@@ -143,7 +144,7 @@ def train(model,                # nn.Module; trained in place
         bar.update()
         if state_dir and ((step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.steps): save(step + 1)
     bar.close()
-    return ema, dict(history, seconds=seconds + time.time() - began)
+    return ema, dict(history, seconds=seconds + time.time() - began, resumed_at=resumed)
 
 # %% ../nbs/03_train.ipynb #88caa5f6
 def last_good(path: Path, state_dir) -> str:

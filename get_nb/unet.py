@@ -175,10 +175,10 @@ class UNet(nn.Module):
             else: x = module(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb)
         return x
 
-# %% ../nbs/11_unet.ipynb #e47bd04b
+# %% ../nbs/11_unet.ipynb #14996377
 RELEASED = UNetConfig(augment_dim=9)
 TEACHERS = {
-    "unet-digits": UNetConfig(base=32, mult=(1, 2), blocks=2, attention=(4,), dropout=0., sigma_data=.752),
+    "unet-digits": UNetConfig(base=32, mult=(1, 1), blocks=1, attention=(4,), dropout=0., sigma_data=.752),
     **{f"edm-cifar10-32x32-{c}-{v}": replace(RELEASED, variant=n) for c in ("cond", "uncond") for v, n in (("vp", "ddpmpp"), ("ve", "ncsnpp"))},
 }
 

@@ -1,0 +1,37 @@
+# One environment for all, in .venv, built from constraints.txt. Needs Python 3.11, 3.12 or 3.13 and nothing else.
+PYTHON  ?= python3
+PROFILE ?= cpu
+VENV    := .venv
+READY   := $(VENV)/.ready
+RUN     := $(VENV)/bin/
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test soak readme lint
+export JUPYTER_PLATFORM_DIRS := 1
+
+help:            ## this list
+	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 20
+	@echo "  PROFILE=$(PROFILE)   profile of make reproduce: a name in nbs/paper/profiles"
+
+$(READY): constraints.txt settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "get_nb needs Python 3.11, 3.12 or 3.13, this is %d.%d: name one with make PYTHON=python3.12" % v)'
+	@echo "Making $(VENV) (a few minutes, about 7 GB with the CUDA build of torch)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN)pip install -q -e '.[dev]'
+	@touch $(READY)
+
+reproduce: $(READY)  ## train, generate, distil, evaluate and draw everything of a profile (PROFILE=cpu); what holds is kept
+	@$(RUN)get-nb reproduce --profile $(PROFILE)
+
+test: $(READY)   ## the notebooks of nbs/ and the tests of tests/
+	@echo "The rooms, each run from top to bottom:"
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" GET_NB_PROGRESS=off OMP_NUM_THREADS=1 $(RUN)nbdev_test --path nbs --skip_folder_re '^(paper|[_.])' --n_workers 2 --do_print
+	@GET_NB_PROGRESS=off OMP_NUM_THREADS=1 $(RUN)pytest
+
+soak: $(READY)   ## the long campaigns of tests/soak
+	@GET_NB_PROGRESS=off OMP_NUM_THREADS=1 $(RUN)pytest tests/soak -o addopts=-q -s
+
+readme: $(READY) ## write the results into README.md
+	@$(RUN)python -c "from get_nb.report import write_readme; write_readme()"
+
+lint: $(READY)   ## ruff, clean notebooks, package in step with them
+	@$(RUN)pre-commit run --all-files

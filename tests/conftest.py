@@ -1,0 +1,24 @@
+"""What the tests share: the clone's root, a way to call the command line, and one finished smoke chain."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMAND = [sys.executable, "-c", "from get_nb.cli import main; main()"]
+
+
+def get_nb(*args, **kw):
+    "Run `get-nb` in the clone; -> CompletedProcess."
+    return subprocess.run([*COMMAND, *map(str, args)], cwd=ROOT, capture_output=True, text=True, **kw)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    "Runs folder of one complete smoke chain, and what the command printed."
+    runs = tmp_path_factory.mktemp("runs")
+    done = get_nb("reproduce", "--profile", "smoke", "--runs", runs, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    return runs, done.stdout

@@ -1,0 +1,141 @@
+"""The chain: complete, repeatable, resumable after kill -9, publishable, redrawable."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from conftest import COMMAND, ROOT, get_nb
+from get_nb.pipeline import compare_table
+from get_nb.stages import load_profile, stage_outputs
+
+STAGES = load_profile(ROOT, "smoke")
+
+
+def tables(runs):
+    return {p.stem: json.loads(p.read_text()) for p in sorted((runs / "smoke").glob("table_*/*.json")) if p.name != "stamp.json" and p.name != "key.json"}
+
+
+def test_every_stage_leaves_a_stamp_a_page_and_its_products(smoke):
+    runs, printed = smoke
+    for name, stage in STAGES.items():
+        folder = runs / "smoke" / name
+        stamp = json.loads((folder / "stamp.json").read_text())
+        assert {"key", "outputs", "seconds", "packages", "hardware", "seed"} <= stamp.keys()
+        assert "</html>" in (folder / "notebook.html").read_text()
+        assert not (folder / "state").exists() and not (folder / "progress.json").exists()
+        wanted = {f"{name}.json"} | ({f"{name}.md"} if name.startswith("table") else {f"{name}.png", f"{name}.svg"}) if stage.draws else {"record.json"}
+        assert wanted <= stamp["outputs"].keys(), name
+    assert "table_2_conditional: " in printed and "table_3_get_vs_vit: " in printed
+
+
+def test_each_number_of_a_table_is_the_one_in_the_record_it_names(smoke):
+    runs, _ = smoke
+    checked = 0
+    for table in tables(runs).values():
+        for row in table["rows"]:
+            for key, cell in row.items():
+                if not isinstance(cell, dict) or cell["value"] is None or key == "published":
+                    continue
+                stage, path = cell["source"][0].split(":")
+                value = json.loads((runs / "smoke" / stage / "record.json").read_text())
+                for part in path.split("."):
+                    value = value[int(part)] if isinstance(value, list) else value[part]
+                ratio = cell["value"] / value if value else 1
+                expected = 1000 / value**2 if path.endswith("ms_per_image") else min((1, 1e-3, 100, 1e3), key=lambda f: abs(np.log(abs(ratio) / f)))
+                assert cell["value"] == pytest.approx(value * expected), (stage, path)
+                checked += 1
+    assert checked > 50
+
+
+def test_a_second_run_runs_nothing(smoke):
+    runs, _ = smoke
+    began = time.time()
+    done = get_nb("reproduce", "--profile", "smoke", "--runs", runs)
+    assert done.returncode == 0 and done.stdout.count(": holds") == len(STAGES) and "running" not in done.stdout
+    print(f"checked {len(STAGES)} stages in {time.time() - began:.1f} s")
+
+
+def test_a_missing_output_runs_its_stage_again_and_nothing_that_does_not_change(smoke, tmp_path):
+    runs = shutil.copytree(smoke[0], tmp_path / "runs")
+    (runs / "smoke/get/student.safetensors").unlink()
+    done = get_nb("reproduce", "--profile", "smoke", "--runs", runs, "--stage", "evaluate_get")
+    assert done.returncode == 0, done.stderr
+    assert "get: running (output student.safetensors is gone or changed)" in done.stdout
+    assert "evaluate_get: holds" in done.stdout      # the student came out the same, bit for bit
+
+
+def kill_when(args, ready):
+    "Start the command in its own process group; kill -9 all of it as soon as ready() is true."
+    process = subprocess.Popen([*COMMAND, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    children = lambda: subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.split("\n")
+    while process.poll() is None and not ready():
+        time.sleep(.002)
+    assert process.poll() is None, "the stage ended before it could be killed"
+    kernels = [int(line.split()[0]) for line in children() if line and int(line.split()[1]) == process.pid]
+    for pid in [process.pid, *kernels]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("stage, sign", [("teacher", "state/state.safetensors"), ("pairs", "pairs-00000.safetensors"), ("get", "state/state.safetensors")])
+def test_kill_9_goes_on_where_it_was_and_ends_the_same(smoke, tmp_path, stage, sign):
+    runs = shutil.copytree(smoke[0], tmp_path / "runs")
+    folder = runs / "smoke" / stage
+    before = {f: v["sha256"] for f, v in stage_outputs(folder).items()}
+    shutil.rmtree(folder)
+    kill_when(["reproduce", "--profile", "smoke", "--runs", runs, "--stage", stage], lambda: (folder / sign).is_file())
+    assert not (folder / "stamp.json").exists()
+    kept = (folder / sign).stat().st_mtime_ns
+    done = get_nb("reproduce", "--profile", "smoke", "--runs", runs)
+    assert done.returncode == 0, done.stderr
+    assert f"{stage}: running (never finished)" in done.stdout
+    after = {f: v["sha256"] for f, v in stage_outputs(folder).items()}
+    assert {f: h for f, h in after.items() if not f.startswith("record")} == {f: h for f, h in before.items() if not f.startswith("record")}
+    if stage == "pairs":
+        assert (folder / sign).stat().st_mtime_ns == kept                                     # a finished shard is not touched
+    else:
+        assert json.loads((folder / "record.json").read_text())["resumed_at"]                 # it did go on from a checkpoint
+    for name, table in tables(runs).items():
+        assert compare_table(table, tables(smoke[0])[name]) == "identical (timing apart)"
+
+
+def test_what_is_published_can_be_drawn_again_without_the_runs(smoke, tmp_path):
+    clone = tmp_path / "clone"
+    for name in ("settings.ini", "nbs"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, clone / name if (ROOT / name).is_dir() else clone.mkdir() or clone / name)
+    done = get_nb("publish", "--root", clone, "--profile", "smoke", "--runs", smoke[0])
+    assert done.returncode == 0, done.stderr
+    results = clone / "results/smoke"
+    manifest = json.loads((results / "manifest.json").read_text())
+    published = {p.relative_to(results).as_posix() for p in results.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert published == {f for s in manifest["stages"].values() for f in s["files"]} and not any(f.endswith(".safetensors") for f in published)
+    notebook = clone / "nbs/paper/student.ipynb"
+    notebook.write_text(notebook.read_text().replace('\\"student\\")', '\\"pupil\\")', 1))        # the code that made two records changes
+    done = get_nb("reproduce", "--root", clone, "--profile", "smoke", "--redraw", "--runs", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "record of get: made by older code (notebook changed since)" in done.stdout and "record of teacher" not in done.stdout
+    assert done.stdout.count("identical (timing apart)") == len(tables(smoke[0]))
+    assert (tmp_path / "smoke-redrawn/figure_same_noise/figure_same_noise.png").read_bytes() == (results / "figures/figure_same_noise.png").read_bytes()
+
+
+def test_publishing_refuses_what_does_not_hold(smoke, tmp_path):
+    runs = shutil.copytree(smoke[0], tmp_path / "runs")
+    (runs / "smoke/get/record.json").unlink()
+    done = get_nb("publish", "--profile", "smoke", "--runs", runs)
+    assert done.returncode == 2 and "stage get does not hold" in done.stderr and not (ROOT / "results/smoke").exists()
+
+
+def test_sample_and_evaluate_work_on_the_chain_s_checkpoints(smoke, tmp_path):
+    runs = smoke[0] / "smoke"
+    done = get_nb("sample", runs / "get/student.safetensors", "--n", 4, "--label", 3, "--out", tmp_path / "s.npz")
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "s.npz") as f:
+        assert f["images"].shape == (4, 1, 8, 8) and f["labels"].tolist() == [3] * 4
+    done = get_nb("evaluate", runs / "vit/student.safetensors", "--classifier", runs / "classifier/classifier.safetensors", "--n", 200)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["train"]["fd"] > 0

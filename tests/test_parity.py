@@ -1,0 +1,74 @@
+"""The models compute what the released code computes: names, shapes, counts and outputs of the golden cases."""
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from get_nb.models import create_model
+from get_nb.unet import create_teacher
+
+DATA = Path(__file__).parent / "data"
+STATE = json.loads((DATA / "reference_state_dicts.json").read_text())
+EDM_STATE = json.loads((DATA / "edm_state_dicts.json").read_text())
+OUT = np.load(DATA / "get_reference_outputs.npz")
+
+
+def shapes_in(entry):
+    return next(v for v in entry.values() if isinstance(v, dict) and "pos_embed" in v)
+
+
+@pytest.mark.parametrize("name", STATE)
+def test_released_transformers_have_these_names_shapes_and_counts(name):
+    model_name, conditional = name.split("|")
+    with torch.device("meta"):
+        model = create_model(model_name, num_classes=10 if conditional == "cond" else 0)
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == shapes_in(STATE[name])
+    assert sum(p.numel() for p in model.parameters()) == STATE[name]["params"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == STATE[name]["trainable"]
+
+
+@pytest.mark.parametrize("name", EDM_STATE)
+def test_released_unets_have_these_names_and_shapes(name):
+    with torch.device("meta"):
+        teacher = create_teacher(name)
+    assert {k: list(v.shape) for k, v in teacher.state_dict().items()} == EDM_STATE[name]["state_dict"]
+    assert sum(p.numel() for p in teacher.parameters()) == EDM_STATE[name]["params"]
+
+
+def golden_model(name, conditional, early):
+    model = create_model(name, num_classes=10 if conditional else 0).eval()
+    for key, p in model.state_dict().items():
+        if key == "pos_embed":
+            continue
+        a = np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF).standard_normal(tuple(p.shape)).astype(np.float32)
+        if key.endswith("bias"):
+            a *= np.float32(0.02)
+        elif "norm" in key:
+            a = 1 + np.float32(0.1) * a
+        elif "embedding_table" in key:
+            a *= np.float32(0.5)
+        else:
+            a /= np.sqrt(np.prod(p.shape[1:])).astype(np.float32)
+        if early and key.startswith("deq_blocks") and ("attn.proj" in key or "mlp.fc2" in key):
+            a *= np.float32(1e-8)
+        p.copy_(torch.from_numpy(a))
+    return model
+
+
+@pytest.mark.parametrize("case", [k for k in OUT.files if "|" in k])
+@torch.no_grad()
+def test_golden_outputs(case):
+    name, conditional, what = case.replace("_", "/").split("|")
+    model = golden_model(name, conditional == "True", what == "early")
+    noise, labels = torch.from_numpy(OUT["e"]), torch.from_numpy(OUT["y"]).long() if conditional == "True" else None
+    z0 = torch.from_numpy(np.random.RandomState(99).standard_normal((2, model.tokens, model.cfg.dim)).astype(np.float32))
+    ours = torch.stack(model.unrolled(noise, labels, z0)) if what == "train" else model(noise, labels, z0)
+    reference = torch.from_numpy(OUT[case])
+    assert ((ours - reference).abs() <= 2e-5 * reference.abs().clamp(min=1)).all()
+    if name.startswith("GET") and what != "train":
+        stats = model.solve(noise, labels, z0)[1]
+        assert stats.n_evals == (1 if what == "early" else 6)
+        assert sorted(stats.lowest_step.tolist()) == ([0, 1] if name == "GET-M/2" else [0, 0])
