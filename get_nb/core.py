@@ -8,17 +8,16 @@ __all__ = ['Fraction', 'Ints', 'Precision', 'PACKAGES', 'COLORS', 'ConfigError',
            'cpu_name', 'provenance', 'save_record', 'read_record', 'cell', 'Column', 'show_cell', 'table_markdown',
            'save_table', 'figure_style', 'save_figure', 'image_grid', 'to_uint8']
 
-# %% ../nbs/00_core.ipynb #9b5c0cf0
+# %% ../nbs/00_core.ipynb #4f4b88c2
 import difflib, hashlib, json, os, platform, statistics, sys
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError  # noqa: F401  (parameter types of the paper's notebooks)
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from tqdm.auto import tqdm as auto_tqdm
-from tqdm.std import tqdm as std_tqdm
+from tqdm.std import tqdm
 
 # %% ../nbs/00_core.ipynb #daf0c75e
 class ConfigError(ValueError):
@@ -112,15 +111,15 @@ def find_root(start=None) -> Path:  # folder of the clone; raises ConfigError wh
         if (p / "settings.ini").is_file() and (p / "nbs" / "paper").is_dir(): return p
     raise ConfigError(f"no get_nb clone at {start} or above it: change into one, or name it with --root")
 
-# %% ../nbs/00_core.ipynb #49e55743
-class FileBar(std_tqdm):
+# %% ../nbs/00_core.ipynb #65357721
+class FileBar(tqdm):
     "A tqdm bar that shows itself in the file named by $GET_NB_PROGRESS instead of on a screen."
     def display(self, msg=None, pos=None):
         d, path = self.format_dict, Path(os.environ["GET_NB_PROGRESS"])
         state = dict(desc=self.desc, n=d["n"], total=d["total"], rate=d["rate"], elapsed=d["elapsed"], note=d["postfix"])
         path.with_suffix(".tmp").write_text(json.dumps(state)); os.replace(path.with_suffix(".tmp"), path)
 
-# %% ../nbs/00_core.ipynb #90dbf6fd
+# %% ../nbs/00_core.ipynb #0916d4bc
 def progress(iterable=None,     # what to go through, or None to call `.update` by hand
              total: int = None, # number of steps
              desc: str = "",    # what is being done
@@ -130,7 +129,7 @@ def progress(iterable=None,     # what to go through, or None to call `.update` 
     where = os.environ.get("GET_NB_PROGRESS")
     kw = dict(total=total, desc=desc, initial=initial, mininterval=.5)
     if where and where != "off": return FileBar(iterable, file=open(os.devnull, "w"), **kw)
-    return auto_tqdm(iterable, leave=False, disable=where == "off", **kw)
+    return tqdm(iterable, leave=False, disable=where == "off", **kw)
 
 # %% ../nbs/00_core.ipynb #59aa2d6c
 PACKAGES = "torch torchvision numpy safetensors torch-fidelity scikit-learn papermill".split()

@@ -42,13 +42,14 @@ def show_progress(path: Path, label: str, stop: threading.Event):
         if text != shown: bar.set_description_str(text); shown = text
     bar.close()
 
-# %% ../nbs/50_pipeline.ipynb #7cded636
+# %% ../nbs/50_pipeline.ipynb #32f92768
 def execute(stage: Stage, parameters: dict, folder: Path, label: str, cwd: Path):  # raises StageError
     "Run the notebook through papermill; keep the executed notebook and its page."
     import papermill
     from nbconvert import HTMLExporter
     logging.getLogger("papermill").setLevel(logging.ERROR)      # its parameter check only warns; ours has refused already
     stop, progress_file = threading.Event(), folder / "progress.json"
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"      # the kernel of this environment, whatever kernels the user has
     os.environ["GET_NB_PROGRESS"] = str(progress_file); progress_file.unlink(missing_ok=True)
     shower = threading.Thread(target=show_progress, args=(progress_file, label, stop), daemon=True); shower.start()
     try: papermill.execute_notebook(str(stage.notebook), str(folder / "notebook.ipynb"), parameters, kernel_name="python3", progress_bar=False, cwd=str(cwd), extra_arguments=["--log-level=ERROR"])

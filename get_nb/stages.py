@@ -99,19 +99,19 @@ class Stage:
     @property
     def needs(self): return [*self.inputs.values(), *self.records]
 
-# %% ../nbs/49_stages.ipynb #c065031b
+# %% ../nbs/49_stages.ipynb #9f9bcdbe
 STAGE_KEYS = ("notebook", "inputs", "rows", "params", "group", "each")
 
-def fill(value, names: dict):  # -> the same structure
-    "Put values into the {braces} of every string."
-    if isinstance(value, str): return names[value[1:-1]] if value[1:-1] in names and value[0] + value[-1] == "{}" else value.format(**names)
-    if isinstance(value, dict): return {fill(k, names): fill(v, names) for k, v in value.items()}
-    return [fill(v, names) for v in value] if isinstance(value, list) else value
+def fill(value, key: str, new):  # -> the same structure
+    "Put `new` in the place of {key} in every string; a string that is {key} and nothing else becomes `new` itself."
+    if isinstance(value, str): return new if value == f"{{{key}}}" else value.replace(f"{{{key}}}", str(new))
+    if isinstance(value, dict): return {fill(k, key, new): fill(v, key, new) for k, v in value.items()}
+    return [fill(v, key, new) for v in value] if isinstance(value, list) else value
 
 def repeat(name: str, spec: dict) -> dict:  # stage name -> spec without `each`
     "Write out a stage that is repeated for each value."
     spec = dict(spec); out = [(name, spec)]
-    for key, values in (spec.pop("each", None) or {}).items(): out = [(n.replace(f"{{{key}}}", str(v)), fill(s, {key: v})) for n, s in out for v in values]
+    for key, values in (spec.pop("each", None) or {}).items(): out = [(fill(n, key, str(v)), fill(s, key, v)) for n, s in out for v in values]
     return dict(out)
 
 # %% ../nbs/49_stages.ipynb #3fb66c6a
