@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Commands', 'cli', 'main', 'options', 'reproduce', 'list_stages', 'stages', 'publish', 'sample', 'evaluate']
 
-# %% ../nbs/51_cli.ipynb #9038ef1a
+# %% ../nbs/51_cli.ipynb #8ea85cf0
 import json, sys
 from pathlib import Path
 
 import click
 
 from . import pipeline, stages as chain
-from .core import ConfigError, find_root, nearest
+from .core import EVAL_SEED, ConfigError, find_root, nearest
 from .files import FileError
 
 # %% ../nbs/51_cli.ipynb #fcfe2383
@@ -52,7 +52,7 @@ def options(*names):
         return f
     return wrap
 
-# %% ../nbs/51_cli.ipynb #6b83c0da
+# %% ../nbs/51_cli.ipynb #5db7709e
 @cli.command()
 @options("profile", "stage", "group", "root", "runs")
 @click.option("--dry-run", is_flag=True, help="Say what would run and why, and stop.")
@@ -64,16 +64,21 @@ def reproduce(profile, stage, group, root, runs, dry_run, fresh, redraw):
     if dry_run: return list_stages(root, profile, stage, group, runs)
     if redraw: return pipeline.redraw(root, profile, runs)
     folder = pipeline.run_profile(root, profile, stage, group, fresh, runs)
-    click.echo(pipeline.compare_tables(folder, root / "results" / Path(profile).stem))
+    click.echo(pipeline.compare_tables(folder, root / "results" / Path(profile).stem, chain.select(chain.load_profile(root, profile), stage, group)))
+    click.echo(f"pages to read: {folder}/*/notebook.html")
 
-# %% ../nbs/51_cli.ipynb #1f818858
+# %% ../nbs/51_cli.ipynb #5afc9529
 def list_stages(root, profile, stage=None, group=None, runs=None):
-    "Print each stage, whether it holds, and how long it took."
-    folder = Path(runs or root / "runs") / Path(profile).stem
+    "Print each stage, how long it took (here, or when it was published), and whether it holds."
+    name = Path(profile).stem; folder, manifest = Path(runs or root / "runs") / name, root / "results" / name / "manifest.json"
+    published = json.loads(manifest.read_text())["stages"] if manifest.is_file() else {}
+    stale = set()
     for s in chain.select(chain.load_profile(root, profile), stage, group).values():
-        stamp = chain.read_stamp(folder / s.name)
-        took = f"{stamp['seconds']:7.1f} s" if stamp else " " * 9
-        click.echo(f"{s.name:28} {took}  {chain.why_run(s, folder) or 'holds'}")
+        stamp = chain.read_stamp(folder / s.name) or published.get(s.name)
+        took, reason = f"{stamp['seconds']:7.1f} s" if stamp else " " * 9, chain.why_run(s, folder)
+        first = next((n for n in s.needs if n in stale), None)
+        if reason or first: stale.add(s.name)
+        click.echo(f"{s.name:28} {took}  {reason or (f'holds, unless {first} comes out different' if first else 'holds')}")
 
 @cli.command()
 @options("profile", "stage", "group", "root", "runs")
@@ -87,14 +92,14 @@ def publish(profile, group, root, runs):
     "Copy records, tables and figures of finished stages into results/<profile>."
     click.echo(pipeline.publish(find_root(root), profile, group, runs))
 
-# %% ../nbs/51_cli.ipynb #541e4782
+# %% ../nbs/51_cli.ipynb #2b396509
 @cli.command()
 @click.argument("checkpoint", type=click.Path())
 @click.option("--n", default=16, show_default=True, type=click.IntRange(1), help="Number of images.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="First seed; image i is made from seed + i.")
+@click.option("--seed", default=EVAL_SEED, show_default=True, type=click.IntRange(0), help="First seed; image i is made from seed + i. Training pairs were made from seeds 0 upwards.")
 @click.option("--label", "labels", type=int, multiple=True, help="Class; repeat for several, they are cycled. By default drawn from the seeds.")
 @click.option("--iterations", type=click.IntRange(1), help="Iterations of a GET; by default its preset.")
-@click.option("--steps", default=18, show_default=True, type=click.IntRange(1), help="Heun steps of a teacher.")
+@click.option("--steps", type=click.IntRange(1), help="Heun steps of a teacher; by default 18.")
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(dir_okay=False), help="Picture, a .png or, for the bytes themselves, .npz file.")
 def sample(checkpoint, n, seed, labels, iterations, steps, out):
     "Draw images with a GET, a ViT or a teacher."
@@ -103,20 +108,17 @@ def sample(checkpoint, n, seed, labels, iterations, steps, out):
     sample_to_file(checkpoint, out, n, seed, labels, n_iter=iterations, num_steps=steps)
     click.echo(f"{out}: {n} images from seeds {seed}..{seed + n - 1}")
 
-# %% ../nbs/51_cli.ipynb #b36a13e3
+# %% ../nbs/51_cli.ipynb #de642213
 @cli.command()
 @click.argument("checkpoint", type=click.Path())
 @click.option("--classifier", required=True, type=click.Path(), help="Checkpoint of the feature network, e.g. runs/cpu/classifier/classifier.safetensors.")
 @click.option("--data", default="digits", show_default=True, help="Data set to compare with.")
-@click.option("--n", default=5000, show_default=True, type=click.IntRange(2), help="Number of images.")
-@click.option("--unconditional", is_flag=True, help="Give no labels to the model.")
-@click.option("--steps", default=18, show_default=True, type=click.IntRange(1), help="Heun steps of a teacher.")
+@click.option("--n", default=5000, show_default=True, type=click.IntRange(10), help="Number of images.")
+@click.option("--unconditional", is_flag=True, help="Give no labels to a conditional teacher.")
+@click.option("--steps", type=click.IntRange(1), help="Heun steps of a teacher; by default 18.")
 def evaluate(checkpoint, classifier, data, n, unconditional, steps):
     "Metrics and cost of a GET, a ViT or a teacher, as json."
     from get_nb.data import load_data
-    from get_nb.evaluate import EvalConfig, evaluate as run
-    from get_nb.files import load_checkpoint
-    train, test, model, features = load_data(data, "train"), load_data(data, "test"), load_checkpoint(checkpoint), load_checkpoint(classifier)
-    conditional = not unconditional and bool(model.config["num_classes"])
-    result, _, _ = run(model, EvalConfig(samples=n, num_steps=steps, conditional=conditional), train, test, features, classifier)
-    click.echo(json.dumps(result, indent=1))
+    from get_nb.evaluate import evaluate_checkpoint
+    train, test = load_data(data, "train"), load_data(data, "test")
+    click.echo(json.dumps(evaluate_checkpoint(checkpoint, classifier, train, test, n, unconditional, steps), indent=1))

@@ -99,11 +99,12 @@ def make_shapes(n: int,           # how many
     pairs = [draw_shape(seed, start + i, size) for i in range(n)]
     return ImageSet(torch.from_numpy(np.stack([p[0] for p in pairs])), torch.tensor([p[1] for p in pairs]), SHAPES, f"shapes/{seed}")
 
-# %% ../nbs/01_data.ipynb #9f03c4a6
+# %% ../nbs/01_data.ipynb #21194832
 DATASETS = ("digits", "shapes")
 
 def load_split(name: str, split: str, split_seed: int) -> ImageSet:
     "Another split of a data set: stratified for digits, other seeds for shapes."
+    if name not in DATASETS: raise ConfigError(f"unknown data set {name!r}{nearest(name, DATASETS)}")
     if name == "digits": return load_digits(split, split_seed)
     return make_shapes(2000, seed=2 * split_seed + (split == "test"))
 

@@ -5,7 +5,10 @@
 # %% auto #0
 __all__ = ['DistillConfig', 'distill_loss', 'distill']
 
-# %% ../nbs/31_distill.ipynb #4346f1dd
+# %% ../nbs/31_distill.ipynb #eb48fe81
+from dataclasses import asdict
+from typing import Literal
+
 import torch
 from pydantic import PositiveInt
 
@@ -15,25 +18,26 @@ from .losses import get_loss
 from .pairs import PairDataset
 from .train import TrainConfig, batch_indices, train
 
-# %% ../nbs/31_distill.ipynb #9b21631e
+# %% ../nbs/31_distill.ipynb #0290ca49
 @config
 class DistillConfig:
+    "What the student is asked for."
     n_iter: PositiveInt = 6      # iterations unrolled in training; a ViT ignores it
     gamma: Fraction = .8         # decay of the correction weights: the last counts 1, the one before gamma, ...
-    loss: str = "l1"             # distance, a key of get_nb.losses.LOSSES
+    loss: Literal["l1", "l2"] = "l1"   # distance, a key of get_nb.losses.LOSSES
 
-# %% ../nbs/31_distill.ipynb #69abea99
+# %% ../nbs/31_distill.ipynb #1d9a4102
 def distill_loss(model,        # GET or ViT
                  noise,        # (B, C, H, W)
                  labels,       # int64 (B,), or None for an unconditional student
                  target,       # teacher's images (B, C, H, W)
                  cfg: DistillConfig,
                 ):             # scalar
-    "Weighted distance of every unrolled image to the teacher's (GET, section 5)."
+    "Weighted distance of every unrolled image to the teacher's [locuslab/get]."
     distance, images = get_loss(cfg.loss), model.unrolled(noise, labels, n_iter=cfg.n_iter)
     return sum(w * distance(x, target) for w, x in zip(correction_weights(len(images), cfg.gamma), images))
 
-# %% ../nbs/31_distill.ipynb #d98eb4fa
+# %% ../nbs/31_distill.ipynb #daeb4ca3
 def distill(model,               # GET or ViT, trained in place
             pairs: PairDataset,
             cfg: DistillConfig,
@@ -45,4 +49,5 @@ def distill(model,               # GET or ViT, trained in place
     def loss_fn(model, step):
         b = pairs.batch(batch_indices(len(pairs), train_cfg.batch_size, step, train_cfg.seed))
         return distill_loss(model, b["noise"].to(device), b["label"].to(device) if conditional else None, b["image"].to(device), cfg)
-    return train(model, loss_fn, train_cfg, state_dir, model.config["name"])
+    identity = dict(distill=asdict(cfg), model=model.config, pairs=[s["sha256"] for s in pairs.manifest["shards"]])
+    return train(model, loss_fn, train_cfg, state_dir, identity, model.config["name"])

@@ -7,12 +7,12 @@ __all__ = ['BUILDERS', 'atomic_path', 'write_json', 'sha256_file', 'FileError', 
            'save_tensors', 'load_tensors', 'save_checkpoint', 'read_checkpoint', 'fit_weights', 'load_checkpoint',
            'load_weights']
 
-# %% ../nbs/02_files.ipynb #a0eba230
+# %% ../nbs/02_files.ipynb #35da64d4
 import hashlib, importlib, json, os
 from contextlib import contextmanager
 from pathlib import Path
 
-from .core import nearest
+from .core import ConfigError, nearest
 
 # %% ../nbs/02_files.ipynb #249d5f3a
 @contextmanager
@@ -110,15 +110,18 @@ def fit_weights(model, tensors, path):  # -> model; raises FileError
         if v.shape != tensors[k].shape: raise FileError(f"{path}: {k} has shape {tuple(tensors[k].shape)}, the model's is {tuple(v.shape)}")
     model.load_state_dict(tensors); return model
 
-# %% ../nbs/02_files.ipynb #3f4b643e
+# %% ../nbs/02_files.ipynb #3d09ab79
 def load_checkpoint(path):  # -> nn.Module in eval mode, with `.config` and `.meta`; raises FileError
     "Build the model that a checkpoint describes and load its weights."
     tensors, info = read_checkpoint(path)
-    config = dict(info["config"]); builder = config.pop("builder", None)
+    config = dict(info.get("config") or {}); builder = config.pop("builder", None)
     if builder not in BUILDERS: raise FileError(f"{path}: unknown builder {builder!r}{nearest(str(builder), BUILDERS)}")
     module, function = BUILDERS[builder]
-    model = fit_weights(getattr(importlib.import_module(module), function)(**config), tensors, path).eval()
-    model.meta = info["meta"]
+    if "pretrained" in config: raise UnsafeFileError(f"{path}: its configuration names another file to load; refused")
+    try: model = getattr(importlib.import_module(module), function)(**config)
+    except (ConfigError, TypeError) as e: raise FileError(f"{path}: its model cannot be built: {e}") from None
+    fit_weights(model, tensors, path).eval()
+    model.meta = info.get("meta", {})
     return model
 
 def load_weights(model, path):  # -> model; raises FileError

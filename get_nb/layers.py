@@ -91,7 +91,7 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x), c, u)
         return x + self.mlp(self.norm2(x))
 
-# %% ../nbs/20_layers.ipynb #03c6d7d2
+# %% ../nbs/20_layers.ipynb #c1a48317
 class FinalLayer(nn.Module):
     "Tokens to patches: (B, T, d) -> (B, T, patch^2 * channels); starts at zero."
     def __init__(self, dim: int, patch: int, channels: int):
@@ -100,12 +100,12 @@ class FinalLayer(nn.Module):
     def forward(self, x): return self.linear(self.norm_final(x))
 
 class LabelEmbed(nn.Module):
-    "Class vectors: int64 (B,) -> (B, width), or None without labels; label -1 gives the zero vector."
+    "Class vectors, a row of a table per class: int64 (B,) -> (B, width)."
     def __init__(self, num_classes: int, width: int):
         super().__init__()
         self.num_classes, self.embedding_table = num_classes, nn.Embedding(num_classes, width)
         nn.init.normal_(self.embedding_table.weight, std=.02)
-    def forward(self, labels): return self.embedding_table(labels.clamp(min=0)) * (labels >= 0)[:, None]
+    def forward(self, labels): return self.embedding_table(labels)
 
 # %% ../nbs/20_layers.ipynb #d2114ca2
 def init_transformer(model):  # -> model

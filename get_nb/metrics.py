@@ -21,9 +21,10 @@ from .data import ImageSet, to_float
 from .files import load_checkpoint
 from .train import TrainConfig, batch_indices, train
 
-# %% ../nbs/04_metrics.ipynb #e20dba73
+# %% ../nbs/04_metrics.ipynb #8c8de1ab
 @config
 class ClassifierConfig:
+    "Size of the feature network."
     width: PositiveInt = 32       # channels of the first convolution
     features: PositiveInt = 64    # length of the feature vector
 
@@ -52,7 +53,7 @@ def jitter(x, g):  # (B, C, H, W), generator -> the same shape
     x = F.pad(x, (1, 1, 1, 1), value=-1.)[..., 1 + dy:x.shape[2] + 1 + dy, 1 + dx:x.shape[3] + 1 + dx]
     return x + .1 * torch.randn(x.shape, generator=g).to(x)
 
-# %% ../nbs/04_metrics.ipynb #01935a4b
+# %% ../nbs/04_metrics.ipynb #178b70c9
 def train_classifier(model: Classifier,
                      data: ImageSet,       # training split
                      cfg: TrainConfig,
@@ -63,7 +64,7 @@ def train_classifier(model: Classifier,
     def loss_fn(model, step):
         x, y = data.batch(batch_indices(len(data), cfg.batch_size, step, cfg.seed))
         return F.cross_entropy(model(jitter(x, torch_rng("jitter", cfg.seed, step)).to(device)), y.to(device))
-    return train(model, loss_fn, cfg, state_dir, "classifier")
+    return train(model, loss_fn, cfg, state_dir, dict(data=data.name, model=model.config), "classifier")
 
 # %% ../nbs/04_metrics.ipynb #1dc3c1a1
 @torch.no_grad()

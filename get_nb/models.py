@@ -41,9 +41,10 @@ def normal_from_noise(noise,      # float32 (B, ...)
     z = (-2 * ((u1 + 1) / 2**24).log()).sqrt() * (2 * math.pi * u2 / 2**24).cos()
     return z.reshape(-1, *shape)
 
-# %% ../nbs/23_models.ipynb #606554e2
+# %% ../nbs/23_models.ipynb #123a2ca3
 @config
 class TransformerConfig:
+    "Size of a ViT, or of a GET's injection transformer."
     dim: PositiveInt                            # width d
     heads: PositiveInt                          # attention heads
     depth: PositiveInt                          # injection blocks (GET), all blocks (ViT)
@@ -52,6 +53,7 @@ class TransformerConfig:
 
 @config
 class GETConfig(TransformerConfig):
+    "Size of a GET and how it finds its state."
     deq_depth: PositiveInt = 3                                # equilibrium blocks, applied in turn
     deq_mlp_ratio: PositiveFloat = 6.                         # hidden width over d in the equilibrium blocks
     n_iter: PositiveInt = 6                                   # evaluations at most, when sampling
@@ -61,7 +63,7 @@ class GETConfig(TransformerConfig):
     select: Literal["lowest", "last"] = "lowest"              # which iterate is decoded when sampling
     state: Literal["raw", "normalized"] = "raw"               # z <- f(z), or z <- norm(f(z))
 
-# %% ../nbs/23_models.ipynb #f9e9cb7b
+# %% ../nbs/23_models.ipynb #39c1e795
 class ViT(nn.Module):
     "Noise to image by a plain transformer; released names and shapes."
     def __init__(self, cfg: TransformerConfig, num_classes: int, image_size: int, channels: int):
@@ -82,9 +84,10 @@ class ViT(nn.Module):
 
     def class_vector(self, labels, batch):
         n = self.y_embedder.num_classes if self.y_embedder else 0
-        if labels is None and n: raise ValueError(f"this model is class-conditional: pass labels, int64 of shape ({batch},)")
-        if labels is not None and not n: raise ValueError("this model is unconditional: pass labels=None")
-        if labels is not None and labels.shape != (batch,): raise ValueError(f"labels have shape {tuple(labels.shape)}, expected ({batch},)")
+        if labels is None and n: raise ConfigError(f"this model is class-conditional: pass labels, int64 of shape ({batch},)")
+        if labels is not None and not n: raise ConfigError("this model is unconditional: pass labels=None")
+        if n and (labels.dtype != torch.int64 or labels.shape != (batch,)): raise ConfigError(f"labels must be int64 of shape ({batch},), not {labels.dtype} {tuple(labels.shape)}")
+        if n and (int(labels.min()) < 0 or int(labels.max()) >= n): raise ConfigError(f"labels must lie in 0..{n - 1}, found {int(labels.min())}..{int(labels.max())}")
         return self.y_embedder(labels) if n else None
 
     def decode(self, z): return unpatchify(self.final_layer(z), self.cfg.patch, self.channels)
@@ -98,7 +101,7 @@ class ViT(nn.Module):
         "The training interface that GET shares: a list of images with gradient."
         return [self(noise, labels)]
 
-# %% ../nbs/23_models.ipynb #2eeb9d33
+# %% ../nbs/23_models.ipynb #4ed195ec
 class GET(ViT):
     "Generative Equilibrium Transformer; released names and shapes."
     def __init__(self, cfg: GETConfig, num_classes: int, image_size: int, channels: int):
@@ -128,7 +131,7 @@ class GET(ViT):
     def solve(self, noise, labels=None, z0=None, n_iter: int = None):  # -> z, SolverStats
         "The state found by plain iteration, and what the solver reports."
         f = self.equilibrium_map(noise, labels)
-        return fixed_point_iter(f, self.start(noise) if z0 is None else z0, max_iter=n_iter or self.cfg.n_iter,
+        return fixed_point_iter(f, self.start(noise) if z0 is None else z0, max_iter=self.cfg.n_iter if n_iter is None else n_iter,
                                 tol=self.cfg.tol, stop_mode="abs", select=self.cfg.select)
 
     def forward(self, noise, labels=None, z0=None, n_iter: int = None):

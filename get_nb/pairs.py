@@ -38,9 +38,10 @@ def draw_noise(seeds, shape, num_classes: int):  # -> noise float32 (B, C, H, W)
     noise = torch.from_numpy(np.stack([pair_noise(s, shape) for s in seeds]))
     return noise, torch.tensor([pair_label(s, num_classes) for s in seeds])
 
-# %% ../nbs/13_pairs.ipynb #8ef60298
+# %% ../nbs/13_pairs.ipynb #27583f0e
 @config
 class PairsConfig:
+    "The recipe of a set of pairs."
     n: PositiveInt                            # number of pairs
     first_seed: NonNegativeInt = 0            # seeds are first_seed .. first_seed + n - 1
     num_classes: NonNegativeInt = 0           # labels are drawn when > 0
@@ -120,7 +121,7 @@ def read_manifest(folder) -> dict:  # raises FileError
     if manifest.get("kind") != "pairs" or manifest.get("schema") != 1: raise FileError(f"{path}: not a manifest of pairs of schema 1")
     return manifest
 
-# %% ../nbs/13_pairs.ipynb #d68d2435
+# %% ../nbs/13_pairs.ipynb #bd934023
 class PairDataset:
     "Pairs of a folder, by index; `batch` takes many at once."
     def __init__(self, folder, verify: bool = True):  # raises FileError
@@ -137,8 +138,10 @@ class PairDataset:
     def __len__(self): return int(self.ends[-1])
     def __getitem__(self, i): return {k: v[0] for k, v in self.batch([i]).items()}
 
-    def batch(self, index):  # int (B,) -> dict of tensors: noise, image (B, C, H, W) float32, label int64 (B,)
-        index = np.asarray(index); shard = np.searchsorted(self.ends, index, side="right")
+    def batch(self, index):  # int (B,); raises IndexError -> dict of tensors: noise, image (B, C, H, W) float32, label int64 (B,)
+        index = np.asarray(index); index = np.where(index < 0, index + len(self), index)
+        if ((index < 0) | (index >= len(self))).any(): raise IndexError(f"pair {index.min()} or {index.max()} is outside of 0..{len(self) - 1}")
+        shard = np.searchsorted(self.ends, index, side="right")
         out = {k: np.empty((len(index), *shape), t) for k, shape, t in (("noise", self.shape, np.float32), ("image", self.shape, np.float32), ("label", (), np.int64), ("seed", (), np.int64))}
         for s in np.unique(shard):
             at, m = shard == s, self.maps[s]

@@ -30,10 +30,10 @@ def prepare_folder(folder: Path, key: dict, fresh: bool):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stamp.json").unlink(missing_ok=True); path.write_text(text)
 
-# %% ../nbs/50_pipeline.ipynb #6c0937ab
+# %% ../nbs/50_pipeline.ipynb #a6d41f46
 def show_progress(path: Path, label: str, stop: threading.Event):
     "Show the progress file of a running notebook as a bar on stderr, until told to stop."
-    bar, shown = tqdm(desc=label, leave=False, bar_format="{desc} {elapsed}", mininterval=.5), None
+    bar, shown = tqdm(desc=label, leave=False, bar_format="{desc} {elapsed}", mininterval=.5, disable=None), None     # on a terminal only
     while not stop.wait(.5):
         try: s = json.loads(path.read_text())
         except (OSError, ValueError): bar.refresh(); continue
@@ -42,10 +42,11 @@ def show_progress(path: Path, label: str, stop: threading.Event):
         if text != shown: bar.set_description_str(text); shown = text
     bar.close()
 
-# %% ../nbs/50_pipeline.ipynb #32f92768
+# %% ../nbs/50_pipeline.ipynb #0b6260b0
 def execute(stage: Stage, parameters: dict, folder: Path, label: str, cwd: Path):  # raises StageError
     "Run the notebook through papermill; keep the executed notebook and its page."
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from nbconvert import HTMLExporter
     logging.getLogger("papermill").setLevel(logging.ERROR)      # its parameter check only warns; ours has refused already
     stop, progress_file = threading.Event(), folder / "progress.json"
@@ -54,6 +55,7 @@ def execute(stage: Stage, parameters: dict, folder: Path, label: str, cwd: Path)
     shower = threading.Thread(target=show_progress, args=(progress_file, label, stop), daemon=True); shower.start()
     try: papermill.execute_notebook(str(stage.notebook), str(folder / "notebook.ipynb"), parameters, kernel_name="python3", progress_bar=False, cwd=str(cwd), extra_arguments=["--log-level=ERROR"])
     except papermill.PapermillExecutionError as e: raise StageError(f"stage {stage.name} failed: {e.ename}: {' '.join(e.evalue.split())}; see {folder / 'notebook.html'}") from None
+    except DeadKernelError: raise StageError(f"stage {stage.name} failed: its kernel died (out of memory?); run the same command to go on from the last checkpoint") from None
     finally:
         stop.set(); shower.join(); progress_file.unlink(missing_ok=True); os.environ["GET_NB_PROGRESS"] = "off"
         if (folder / "notebook.ipynb").is_file(): (folder / "notebook.html").write_text(HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(folder / "notebook.ipynb"))[0])
@@ -84,20 +86,21 @@ def runs_folder(root: Path, profile: str, runs=None) -> Path:  # raises ConfigEr
     except OSError as e: raise ConfigError(f"cannot write to {folder}: {e.strerror}; free it, or name another folder with --runs") from None
     return folder.resolve()
 
-# %% ../nbs/50_pipeline.ipynb #b7cdbdda
+# %% ../nbs/50_pipeline.ipynb #72cf0efe
 def run_profile(root: Path, profile: str, stage=None, group=None, fresh=False, runs=None) -> Path:  # runs folder; raises ConfigError, StageError
     "Run every selected stage whose stamp does not hold."
     stages = select(load_profile(root, profile), stage, group)
     folder = runs_folder(root, profile, runs); lock = FileLock(folder / ".lock", timeout=0)
     try: lock.acquire()
     except Timeout: raise ConfigError(f"{folder} is in use by another run; wait for it, or name another folder with --runs") from None
-    with lock:
+    try:
         for i, s in enumerate(stages.values(), 1):
-            label = f"[{i}/{len(stages)}] {s.name}"
-            reason = "asked for" if fresh and stage in (None, s.name) else why_run(s, folder)
+            label, again = f"[{i}/{len(stages)}] {s.name}", fresh and stage in (None, s.name)
+            reason = "asked for" if again else why_run(s, folder)
             if not reason: print(f"{label}: holds"); continue
             print(f"{label}: running ({reason})", flush=True)
-            print(f"{label}: done in {run_stage(s, root, folder, label, fresh)['seconds']:.0f} s", flush=True)
+            print(f"{label}: done in {run_stage(s, root, folder, label, again)['seconds']:.0f} s", flush=True)
+    finally: lock.release()
     return folder
 
 # %% ../nbs/50_pipeline.ipynb #a05dab2a
@@ -111,7 +114,7 @@ def cell_values(table: dict) -> dict:  # (row, column) -> value
     first = table["columns"][0]["key"]
     return {(str(r.get(first)), k): v.get("value") if isinstance(v, dict) else v for r in table["rows"] for k, v in r.items()}
 
-# %% ../nbs/50_pipeline.ipynb #c4d1fb43
+# %% ../nbs/50_pipeline.ipynb #bd007800
 def compare_table(new: dict, old: dict) -> str:  # one line
     "How a table differs from the published one."
     if untimed(new) == untimed(old): return "identical (timing apart)"
@@ -123,10 +126,10 @@ def compare_table(new: dict, old: dict) -> str:  # one line
     worst, (row, column), x, y = max(numbers)
     return f"{len(changed)} cells differ, most in {row} / {column}: {x:.4g} now, {y:.4g} published ({worst:.1%})"
 
-def compare_tables(runs: Path, results: Path) -> str:  # a line per table
-    "Compare a run's tables with the published ones."
+def compare_tables(runs: Path, results: Path, stages=None) -> str:  # a line per table
+    "Compare a run's tables, all or those of some stages, with the published ones."
     lines = []
-    for path in sorted(runs.glob("table_*/table_*.json")):
+    for path in sorted(p for p in runs.glob("table_*/table_*.json") if stages is None or p.stem in stages):
         published = results / "tables" / path.name
         verdict = compare_table(json.loads(path.read_text()), json.loads(published.read_text())) if published.is_file() else "not published yet"
         lines.append(f"{path.stem}: {verdict}  ({path.with_suffix('.md')})")
@@ -145,7 +148,7 @@ def publish_stage(stage: Stage, runs: Path, new: Path) -> dict:  # entry of the 
         files[f"{kind_folder(stage)}/{name}"] = sha256_file(target / name)
     return {k: stamp[k] for k in ("notebook", "key", "seed", "seconds", "python", "packages", "hardware")} | dict(group=stage.group, files=files)
 
-# %% ../nbs/50_pipeline.ipynb #31b4abcc
+# %% ../nbs/50_pipeline.ipynb #2ce6a45a
 def publish(root: Path, profile: str, group=None, runs=None) -> str:  # one line; raises ConfigError
     "Copy records, tables and figures of a profile or group into results/<profile>."
     name, stages = Path(profile).stem, select(load_profile(root, profile), group=group)
@@ -154,6 +157,7 @@ def publish(root: Path, profile: str, group=None, runs=None) -> str:  # one line
         reason = why_run(s, folder)
         if reason: raise ConfigError(f"stage {s.name} does not hold ({reason}): run 'get-nb reproduce --profile {profile}' first")
     new, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")
+    if old.is_dir() and not target.is_dir(): os.replace(old, target)      # an earlier publish was killed between its two renames
     for p in (new, old): shutil.rmtree(p, ignore_errors=True)
     manifest = json.loads((target / "manifest.json").read_text()) if group and target.is_dir() else dict(profile=name, stages={})
     if group and target.is_dir(): shutil.copytree(target, new)

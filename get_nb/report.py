@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scaled', 'rate_cell', 'read_published', 'published_cell', 'published_notes', 'floor_cell', 'metric_row',
-           'sample_note', 'readme_text', 'write_readme']
+           'sample_note', 'floor_note', 'readme_text', 'write_readme']
 
 # %% ../nbs/05_report.ipynb #08a8211a
 import json, re
@@ -43,7 +43,7 @@ def published_notes(published: dict, table: dict) -> list:
     "One line per published figure: where it comes from."
     return [f"Published beside {label}: {table[key]['source']}." for label, key in published.items()]
 
-# %% ../nbs/05_report.ipynb #dd1b0965
+# %% ../nbs/05_report.ipynb #f0364836
 def floor_cell(record: dict) -> dict:
     "FD of held-out against training images: mean and spread over splits."
     floor = record["floor"]
@@ -59,9 +59,16 @@ def metric_row(label: str, records: list, prefix: str, published: dict, table: d
 
 def sample_note(read: dict) -> str:
     "Sample counts and seeds of a table, in a line."
-    counts = sorted({r["samples"] for rs in read.values() for r in rs if r.get("kind") != "data"})
+    models = [r for rs in read.values() for r in rs if r.get("kind") != "data"]
+    counts = sorted({p["samples"] for r in models for p in [r, *r.get("sweep", [])]})
     seeds = max(len(rs) for rs in read.values())
-    return f"{' or '.join(f'{c:,}' for c in counts)} images per row, from noise not trained on; {'one seed' if seeds == 1 else f'{seeds} seeds, mean ± sample standard deviation, where a spread is shown'}; train: against the training split, held-out: against the rest."
+    return (f"{' or '.join(f'{c:,}' for c in counts)} images per row, from noise not trained on; {'one seed' if seeds == 1 else f'{seeds} seeds, mean ± sample standard deviation, where a spread is shown'}; "
+            "train: against the training split, held-out: against the rest.")
+
+def floor_note(read: dict) -> list:
+    "What the row of real data means, if there is one."
+    floors = [r for rs in read.values() for r in rs if r.get("kind") == "data"]
+    return [f"Floor: {r['samples']} held-out images against the training images; FD is mean ± sample standard deviation over {len(r['floor']['fd'])} splits, of which only the first was unseen by the feature network; the other columns are of that first split." for r in floors]
 
 # %% ../nbs/05_report.ipynb #ad5e7401
 def readme_text(root: Path,  # of the clone

@@ -20,9 +20,10 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from .core import Fraction, Precision, autocast, config, progress, rng, seed_everything
 from .files import FileError, load_tensors, save_tensors
 
-# %% ../nbs/03_train.ipynb #779c8917
+# %% ../nbs/03_train.ipynb #e4cdc248
 @config
 class TrainConfig:
+    "How to train: the same fields for teachers, students and classifiers."
     steps: PositiveInt                             # optimizer steps in all
     batch_size: PositiveInt = 128                  # images per step
     lr: PositiveFloat = 1e-4                       # peak learning rate
@@ -45,9 +46,11 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
     t = step / cfg.steps
     return cfg.lr * warm * dict(constant=1., linear=1 - t, cosine=(1 + math.cos(math.pi * t)) / 2)[cfg.schedule]
 
-# %% ../nbs/03_train.ipynb #93a62586
+# %% ../nbs/03_train.ipynb #4590eaf4
 @lru_cache(maxsize=4)
-def epoch_order(n: int, seed: int, epoch: int): return rng("epoch", seed, epoch).permutation(n)
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:  # int64 (n,)
+    "The order in which an epoch visits the images."
+    return rng("epoch", seed, epoch).permutation(n)
 
 def batch_indices(n: int,           # images in the set
                   batch_size: int,  # B
@@ -92,13 +95,13 @@ def restore_state(tensors: dict, model, ema, optimizer):
         state["state"].setdefault(int(i), {})[name] = v
     optimizer.load_state_dict(state)
 
-# %% ../nbs/03_train.ipynb #824f608c
-def read_state(path: Path,  # checkpoint of a run
-               cfg: TrainConfig):  # -> tensors, info, or (None, None) when there is none; raises FileError
+# %% ../nbs/03_train.ipynb #23aedf44
+def read_state(path: Path,     # checkpoint of a run
+               config: dict):  # what the run is; -> tensors, info, or (None, None) when there is none; raises FileError
     "A run's checkpoint, if it has one and it belongs to this configuration."
     if not path.is_file(): return None, None
     tensors, info = load_tensors(path)
-    now = json.loads(json.dumps(asdict(cfg)))
+    now = json.loads(json.dumps(config))
     differs = [k for k in now if info["config"].get(k) != now[k]]
     if differs: raise FileError(f"{path}: made with {differs[0]} = {info['config'].get(differs[0])!r}, now {now[differs[0]]!r}; delete it to start again")
     return tensors, info
@@ -118,22 +121,23 @@ def train_step(model, loss_fn, optimizer, step: int, cfg: TrainConfig, device): 
     optimizer.step()
     return loss.detach(), norm
 
-# %% ../nbs/03_train.ipynb #a7713d20
+# %% ../nbs/03_train.ipynb #9329bb39
 def train(model,                # nn.Module; trained in place
           loss_fn,              # (model, step) -> scalar; a function of the step alone
           cfg: TrainConfig,
           state_dir=None,       # folder of the resumable state; None: keep none
+          identity: dict = None,  # what else makes the run what it is (data, loss), as json can hold it
           desc: str = "train",  # shown beside the progress
          ):                     # ema model (eval mode), history {step, loss, seconds, resumed_at}; raises TrainingError, FileError
     "Train for cfg.steps steps, resuming from `state_dir` if it holds a checkpoint."
     device = next(model.parameters()).device
     model.train(); ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer, path = make_optimizer(model, cfg), Path(state_dir or ".") / "state.safetensors"
-    tensors, info = read_state(path, cfg) if state_dir else (None, None)
+    optimizer, path, what = make_optimizer(model, cfg), Path(state_dir or ".") / "state.safetensors", asdict(cfg) | (identity or {})
+    tensors, info = read_state(path, what) if state_dir else (None, None)
     if tensors: restore_state(tensors, model, ema, optimizer)
     start, history, window, seconds, resumed = (info[k] for k in ("step", "history", "window", "seconds", "resumed")) if tensors else (0, dict(step=[], loss=[]), [], 0., [])
     if tensors: resumed.append(start)
-    def save(step): save_tensors(path, flatten_state(model, ema, optimizer), dict(kind="training", config=asdict(cfg), step=step, history=history, window=window, seconds=seconds + time.time() - began, resumed=resumed))
+    def save(step): save_tensors(path, flatten_state(model, ema, optimizer), dict(kind="training", config=what, step=step, history=history, window=window, seconds=seconds + time.time() - began, resumed=resumed))
     began, bar = time.time(), progress(total=cfg.steps, initial=start, desc=desc)
     for step in range(start, cfg.steps):
         loss, norm = train_step(model, loss_fn, optimizer, step, cfg, device)

@@ -98,9 +98,10 @@ class Block(nn.Module):
         w = torch.einsum("bcq,bck->bqk", q.float(), k.float() / q.shape[1]**.5).softmax(2)
         return torch.einsum("bqk,bck->bcq", w.to(v.dtype), v).reshape(x.shape)
 
-# %% ../nbs/11_unet.ipynb #6db3492f
+# %% ../nbs/11_unet.ipynb #99451ec9
 @config
 class UNetConfig:
+    "Size and kind of a teacher's network."
     base: PositiveInt = 128                            # channels of the first convolution
     mult: Ints = (2, 2, 2)                             # channel multiplier per level
     blocks: PositiveInt = 4                            # residual blocks per level
