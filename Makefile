@@ -9,8 +9,8 @@ RUN     := $(VENV)/bin/
 export JUPYTER_PLATFORM_DIRS := 1
 
 help:            ## this list
-	@grep -hE '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 20
-	@echo "  PROFILE=$(PROFILE)   profile of make reproduce: a name in nbs/paper/profiles"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PROFILE=$(PROFILE)     profile of make reproduce: a name in nbs/paper/profiles"
 
 $(READY): constraints.txt settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "get_nb needs Python 3.11, 3.12 or 3.13, this is %d.%d: name one with make PYTHON=python3.12" % v)'

@@ -88,7 +88,7 @@ def ms_per_image(model, batch_size: int = 250, repeats: int = 5, conditional: bo
         times.append(time.perf_counter() - began)
     return 1000 * statistics.median(times[1:]) / batch_size
 
-# %% ../nbs/32_evaluate.ipynb #09953eb9
+# %% ../nbs/32_evaluate.ipynb #67156aa3
 @config
 class EvalConfig:
     "What the protocol measures."
@@ -97,36 +97,34 @@ class EvalConfig:
     num_steps: PositiveInt = 18          # of a teacher
     sampler: Literal["heun", "euler"] = "heun"   # of a teacher
     sweep: Ints = ()                     # other num_steps (teacher) or iterations (GET) to measure
-    sweep_samples: PositiveInt = 2000    # images per point of the sweep
     conditional: bool = True             # False: no labels
     first_seed: NonNegativeInt = EVAL_SEED
 
-# %% ../nbs/32_evaluate.ipynb #2b18a5ca
+# %% ../nbs/32_evaluate.ipynb #b04d51dc
 def measure(model,            # teacher, GET or ViT, eval mode
             cfg: EvalConfig,
-            n: int,           # images
             train: ImageSet,  # training split
             test: ImageSet,   # held-out split
             classifier,       # feature network, for accuracy
             classifier_path,  # its checkpoint, for the distances
             **how):           # to `generate`; -> dict, images uint8 (n, C, H, W), labels int64 (n,)
     "Metrics and cost of one way of sampling."
-    images, labels = sample_images(model, n, cfg.first_seed, cfg.conditional, cfg.batch_size, **how)
-    out = dict(samples=n, **how, train=compare(images, train.images, classifier_path), test=compare(images, test.images, classifier_path))
+    images, labels = sample_images(model, cfg.samples, cfg.first_seed, cfg.conditional, cfg.batch_size, **how)
+    out = dict(samples=cfg.samples, **how, train=compare(images, train.images, classifier_path), test=compare(images, test.images, classifier_path))
     out["class_accuracy"] = class_accuracy(classifier, images, labels) if labels.min() >= 0 else None
     return out | cost(model, cfg.conditional, **how) | dict(ms_per_image=ms_per_image(model, conditional=cfg.conditional, **how)), images, labels
 
-# %% ../nbs/32_evaluate.ipynb #610360fd
+# %% ../nbs/32_evaluate.ipynb #2506908c
 def evaluate(model, cfg: EvalConfig, train: ImageSet, test: ImageSet, classifier, classifier_path):  # -> dict, images, labels
     "The whole protocol for one model; arguments as in `measure`."
     kind = "teacher" if isinstance(model, EDMPrecond) else "get" if isinstance(model, GET) else "vit"
     args = (train, test, classifier, classifier_path)
     how = dict(num_steps=cfg.num_steps, sampler=cfg.sampler) if kind == "teacher" else {}
-    result, images, labels = measure(model, cfg, cfg.samples, *args, **how)
+    result, images, labels = measure(model, cfg, *args, **how)
     result |= dict(kind=kind, name=model.config["name"], copy_share=copy_share(images, train.images), sweep=[])
     for k in progress(cfg.sweep if kind != "vit" else (), desc="sweep"):
         point = dict(num_steps=k, sampler=cfg.sampler) if kind == "teacher" else dict(n_iter=k)
-        result["sweep"].append(measure(model, cfg, cfg.sweep_samples, *args, **point)[0])
+        result["sweep"].append(measure(model, cfg, *args, **point)[0])
     return result, images, labels
 
 # %% ../nbs/32_evaluate.ipynb #475ee742

@@ -135,8 +135,10 @@ def compare_tables(runs: Path, results: Path, stages=None) -> str:  # a line per
         lines.append(f"{path.stem}: {verdict}  ({path.with_suffix('.md')})")
     return "\n".join(lines) or "no tables in this selection"
 
-# %% ../nbs/50_pipeline.ipynb #b9ca85ee
-def kind_folder(stage: Stage) -> str: return f"records/{stage.name}" if not stage.draws else "tables" if stage.name.startswith("table") else "figures"
+# %% ../nbs/50_pipeline.ipynb #cce451c4
+def kind_folder(stage: Stage) -> str:
+    "Where a stage's public files go under results/<profile>."
+    return f"records/{stage.name}" if not stage.draws else "tables" if stage.name.startswith("table") else "figures"
 
 def publish_stage(stage: Stage, runs: Path, new: Path) -> dict:  # entry of the manifest
     "Copy what is public of one stage."

@@ -179,10 +179,12 @@ def load_profile(root: Path, name: str) -> dict:  # stage name -> Stage, in runn
         done[ready[0]] = stages[ready[0]]
     return done
 
-# %% ../nbs/49_stages.ipynb #ba6f35d2
+# %% ../nbs/49_stages.ipynb #08a3fc08
 IGNORED = ("stamp.json", "key.json", "progress.json", "notebook.ipynb", "notebook.html")
 
-def is_record(name: str) -> bool: return name.startswith("record.")
+def is_record(name: str) -> bool:
+    "Does this output file belong to the record (published) rather than to the artifacts?"
+    return name.startswith("record.")
 
 def stage_outputs(folder: Path, known: dict = None) -> dict:  # file -> {sha256, size, mtime}
     "What a stage has made; a file whose size and time are those in `known` is not hashed again."

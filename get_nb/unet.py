@@ -19,14 +19,15 @@ from torch.nn import functional as F
 from .core import ConfigError, Fraction, Ints, build_config, config, nearest
 from .precond import EDMPrecond
 
-# %% ../nbs/11_unet.ipynb #aff1d977
+# %% ../nbs/11_unet.ipynb #ceb70ba5
 def outer_filter(taps: Ints):  # -> float (1, 1, n, n), sums to 1
     "Separable resampling filter from its taps."
     f = torch.tensor(taps, dtype=torch.float32)
     return torch.outer(f, f)[None, None] / f.sum()**2
 
 def resample(x, f, up: bool, pad: int = None):  # (B, C, H, W) -> (B, C, 2H, 2W) or (B, C, H/2, W/2)
-    "Double or halve the resolution with filter f."
+    "Double or halve the resolution with filter f. The box filter is average pooling and its transpose repetition: the same numbers, sooner."
+    if f.shape[-1] == 2 and not pad: return F.interpolate(x, scale_factor=2.) if up else F.avg_pool2d(x, 2)
     C, pad = x.shape[1], (f.shape[-1] - 1) // 2 if pad is None else pad
     f = f.to(x.dtype).expand(C, 1, -1, -1)
     return F.conv_transpose2d(x, 4 * f, stride=2, padding=pad, groups=C) if up else F.conv2d(x, f, stride=2, padding=pad, groups=C)
@@ -183,7 +184,7 @@ TEACHERS = {
     **{f"edm-cifar10-32x32-{c}-{v}": replace(RELEASED, variant=n) for c in ("cond", "uncond") for v, n in (("vp", "ddpmpp"), ("ve", "ncsnpp"))},
 }
 
-# %% ../nbs/11_unet.ipynb #fb2f8e95
+# %% ../nbs/11_unet.ipynb #d9b141d1
 def create_teacher(name: str,             # a key of TEACHERS
                    *, num_classes: int = None,  # 0: unconditional; None: what the name says (released), else 0
                    image_size: int = 32,  # pixels; divisible by 2 per level
@@ -194,6 +195,6 @@ def create_teacher(name: str,             # a key of TEACHERS
     if num_classes is None: num_classes = 10 if "-cond-" in name else 0
     cfg = build_config(UNetConfig, {**asdict(TEACHERS[name]), **overrides}, f"teacher {name}")
     if image_size % 2**(len(cfg.mult) - 1): raise ConfigError(f"teacher {name}: image_size {image_size} cannot be halved {len(cfg.mult) - 1} times")
-    teacher = EDMPrecond(UNet(cfg, image_size, channels, num_classes), cfg.sigma_data, num_classes)
+    teacher = EDMPrecond(UNet(cfg, image_size, channels, num_classes), cfg.sigma_data, num_classes).to(memory_format=torch.channels_last)     # faster convolutions, same numbers
     teacher.config = dict(builder="teacher", name=name, num_classes=num_classes, image_size=image_size, channels=channels, **overrides)
     return teacher

@@ -50,6 +50,8 @@ def test_a_wrong_word_is_one_line_that_names_the_right_one(args, words, tmp_path
     (dict(teacher=dict(stepz=3)), ["stage teacher", "unknown parameter 'stepz'", "did you mean 'steps'"]),
     (dict(teacher=dict(steps=0)), ["stage teacher", "steps = 0", "greater than 0"]),
     (dict(teacher=dict(lr="fast")), ["stage teacher", "lr = 'fast'", "valid number"]),
+    (dict(teacher=dict(lr="1e-3")), ["stage teacher", "lr = '1e-3'", "write 0.001"]),
+    (dict(teacher=dict(out="elsewhere")), ["stage teacher", "'out' is set by the runner"]),
     (dict(pairs=dict(sampler="hun")), ["stage pairs", "sampler = 'hun'", "heun"]),
     (dict(teacher=dict(label_dropout=1.5)), ["stage teacher", "label_dropout = 1.5", "less than or equal to 1"]),
 ])

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from get_nb.checkpoints import load_edm_pickle
 from get_nb.models import create_model
+from get_nb.sampler import euler_sample, heun_sample
 from get_nb.unet import create_teacher
 
 DATA = Path(__file__).parent / "data"
@@ -72,3 +74,19 @@ def test_golden_outputs(case):
         stats = model.solve(noise, labels, z0)[1]
         assert stats.n_evals == (1 if what == "early" else 6)
         assert sorted(stats.lowest_step.tolist()) == ([0, 1] if name == "GET-M/2" else [0, 0])
+
+
+EDM_OUT = np.load(DATA / "edm_reference_outputs.npz")
+
+
+@pytest.mark.parametrize("name, labels", [("ddpmpp_cond", [1, 4, 9]), ("ncsnpp_uncond", None)])
+@torch.no_grad()
+def test_golden_edm_outputs_from_pickles_of_the_released_layout(name, labels):
+    teacher = load_edm_pickle(DATA / f"edm_{name}.pkl")
+    x, sigma, latents = (torch.from_numpy(EDM_OUT[k]) for k in ("x", "sigma", "lat"))
+    labels = torch.tensor(labels) if labels else None
+    ours = dict(D=teacher(x * sigma.view(-1, 1, 1, 1), sigma, labels), heun5=heun_sample(teacher, latents, labels, num_steps=5),
+                heun18=heun_sample(teacher, latents, labels, num_steps=18), euler9=euler_sample(teacher, latents, labels, num_steps=9))
+    for key, value in ours.items():
+        reference = torch.from_numpy(EDM_OUT[f"{name}|{key}"])
+        assert ((value - reference).abs() <= 2e-5 * reference.abs().clamp(min=1)).all(), key
