@@ -78,8 +78,8 @@ def training_cost(model, cfg: DistillConfig, batch_size: int = 8) -> dict:  # gf
     del loss
     return dict(train_gflop=total / batch_size / 1e9, activation_mb=sum(kept.values()) / batch_size / 1e6)
 
-# %% ../nbs/32_evaluate.ipynb #8c3e7bee
-def ms_per_image(model, batch_size: int = 250, repeats: int = 5, conditional: bool = True, **how) -> float:
+# %% ../nbs/32_evaluate.ipynb #da92790b
+def ms_per_image(model, batch_size: int = 250, repeats: int = 3, conditional: bool = True, **how) -> float:
     "Median wall time of generating a batch, over its size, after one warm-up batch."
     e, y = draw_noise(range(batch_size), (model.config["channels"],) + (model.config["image_size"],) * 2, model.config["num_classes"])
     device = next(model.parameters()).device; e, y, times = e.to(device), y.to(device) if conditional and model.config["num_classes"] else None, []
@@ -100,21 +100,22 @@ class EvalConfig:
     conditional: bool = True             # False: no labels
     first_seed: NonNegativeInt = EVAL_SEED
 
-# %% ../nbs/32_evaluate.ipynb #b04d51dc
+# %% ../nbs/32_evaluate.ipynb #47444479
 def measure(model,            # teacher, GET or ViT, eval mode
             cfg: EvalConfig,
             train: ImageSet,  # training split
             test: ImageSet,   # held-out split
             classifier,       # feature network, for accuracy
             classifier_path,  # its checkpoint, for the distances
+            only_fd: bool = False,   # of the distances, the Fréchet distance alone
             **how):           # to `generate`; -> dict, images uint8 (n, C, H, W), labels int64 (n,)
     "Metrics and cost of one way of sampling."
     images, labels = sample_images(model, cfg.samples, cfg.first_seed, cfg.conditional, cfg.batch_size, **how)
-    out = dict(samples=cfg.samples, **how, train=compare(images, train.images, classifier_path), test=compare(images, test.images, classifier_path))
+    out = dict(samples=cfg.samples, **how, **{name: compare(images, s.images, classifier_path, only_fd=only_fd) for name, s in (("train", train), ("test", test))})
     out["class_accuracy"] = class_accuracy(classifier, images, labels) if labels.min() >= 0 else None
     return out | cost(model, cfg.conditional, **how) | dict(ms_per_image=ms_per_image(model, conditional=cfg.conditional, **how)), images, labels
 
-# %% ../nbs/32_evaluate.ipynb #2506908c
+# %% ../nbs/32_evaluate.ipynb #8764fc22
 def evaluate(model, cfg: EvalConfig, train: ImageSet, test: ImageSet, classifier, classifier_path):  # -> dict, images, labels
     "The whole protocol for one model; arguments as in `measure`."
     kind = "teacher" if isinstance(model, EDMPrecond) else "get" if isinstance(model, GET) else "vit"
@@ -124,7 +125,7 @@ def evaluate(model, cfg: EvalConfig, train: ImageSet, test: ImageSet, classifier
     result |= dict(kind=kind, name=model.config["name"], copy_share=copy_share(images, train.images), sweep=[])
     for k in progress(cfg.sweep if kind != "vit" else (), desc="sweep"):
         point = dict(num_steps=k, sampler=cfg.sampler) if kind == "teacher" else dict(n_iter=k)
-        result["sweep"].append(measure(model, cfg, *args, **point)[0])
+        result["sweep"].append(measure(model, cfg, *args, only_fd=True, **point)[0])
     return result, images, labels
 
 # %% ../nbs/32_evaluate.ipynb #475ee742

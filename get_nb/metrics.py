@@ -97,7 +97,7 @@ class ClassifierFeatures(FeatureExtractorBase):
 
 if "get-nb-classifier" not in FEATURE_EXTRACTORS_REGISTRY: torch_fidelity.register_feature_extractor("get-nb-classifier", ClassifierFeatures)
 
-# %% ../nbs/04_metrics.ipynb #33edf9be
+# %% ../nbs/04_metrics.ipynb #ec08e1cd
 class Bytes(Dataset):
     "uint8 images (N, C, H, W), one at a time, as torch-fidelity wants them."
     def __init__(self, images): self.images = images
@@ -108,12 +108,14 @@ def compare(images,              # uint8 (N, C, H, W): generated
             reference,           # uint8 (M, C, H, W): real
             classifier_path,     # checkpoint whose features are compared
             cuda: bool = False,
-           ) -> dict:            # fd, kid, precision, recall, inception_score
-    "All distribution metrics between two sets of images."
+            only_fd: bool = False,   # leave out the slower ones
+           ) -> dict:            # fd and, unless only_fd, kid, precision, recall, inception_score
+    "Distribution metrics between two sets of images."
     m = torch_fidelity.calculate_metrics(
-        input1=Bytes(images), input2=Bytes(reference), cuda=cuda, batch_size=500, fid=True, kid=True, prc=True, isc=True,
+        input1=Bytes(images), input2=Bytes(reference), cuda=cuda, batch_size=500, fid=True, kid=not only_fd, prc=not only_fd, isc=not only_fd,
         feature_extractor="get-nb-classifier", feature_extractor_weights_path=str(classifier_path),
         kid_subset_size=min(1000, len(images), len(reference)), isc_splits=min(10, len(images)), cache=False, save_cpu_ram=True, verbose=False)
+    if only_fd: return dict(fd=m["frechet_inception_distance"])
     return dict(fd=m["frechet_inception_distance"], kid=m["kernel_inception_distance_mean"], precision=m["precision"], recall=m["recall"], inception_score=m["inception_score_mean"])
 
 # %% ../nbs/04_metrics.ipynb #bf1cb7a0

@@ -199,7 +199,7 @@ def test_members_of_one_name_and_paths_that_climb_write_nothing(here):
     rewrite(here / "good.pth", here / "bad.pth", lambda n, d: [(n, d, STORED)] * (2 if n.endswith("data/0") else 1))
     check(load_reference_get, here / "bad.pth", here / CANARY, UnsafeFileError)
     before = sorted(p.name for p in here.iterdir())
-    rewrite(here / "good.pth", here / "climb.pth", lambda n, d: [(n, d, STORED), ("../../escaped", b"x", STORED)] if n.endswith("version") else [(n, d, STORED)])
+    rewrite(here / "good.pth", here / "climb.pth", lambda n, d: [(n, d, STORED), ("../../escaped", b"x", STORED)] if n.endswith("/version") else [(n, d, STORED)])
     load_reference_get(here / "climb.pth")                                   # nothing is ever extracted: the member is not even looked at
     assert sorted(p.name for p in here.iterdir()) == sorted([*before, "climb.pth"]) and not (here.parent.parent / "escaped").exists()
 
@@ -260,11 +260,11 @@ def test_edm_networks_that_are_not_supported_get_one_clear_refusal(old, new, wor
 def test_source_text_in_a_pickle_is_data(here):
     from get_nb.reader import read_pickle
     source = read_pickle(EDM, "edm")["ema"].args[0]["module_src"].encode()
-    program = b"open('CANARY','w')"
+    program = b"open('C','w')"
     assert len(source) >= len(program) and source in EDM
     (here / "edm.pkl").write_bytes(EDM.replace(source, program.ljust(len(source))))
     load_edm_pickle(here / "edm.pkl")
-    assert not (here / CANARY).exists()
+    assert not (here / "C").exists()
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2, 10, 100, 0.25, 0.5, 0.9, -1])
