@@ -84,7 +84,7 @@ def flatten_state(model, ema, optimizer) -> dict:
     for i, s in optimizer.state_dict()["state"].items(): out |= {f"optimizer.{i}.{k}": v for k, v in s.items()}
     return out
 
-# %% ../nbs/03_train.ipynb #f2106163
+# %% ../nbs/03_train.ipynb #12a3121c
 def restore_state(tensors: dict, model, ema, optimizer):
     "Put the tensors of `flatten_state` back."
     part = lambda p: {k[len(p):]: v for k, v in tensors.items() if k.startswith(p)}
@@ -94,6 +94,8 @@ def restore_state(tensors: dict, model, ema, optimizer):
         i, name = k.split(".", 1)
         state["state"].setdefault(int(i), {})[name] = v
     optimizer.load_state_dict(state)
+    for p, s in optimizer.state.items():        # moments must lie in memory as their weights do (channels-last, say): the fused step pairs them by address
+        s.update({k: torch.empty_like(p).copy_(v) for k, v in s.items() if v.shape == p.shape})
 
 # %% ../nbs/03_train.ipynb #23aedf44
 def read_state(path: Path,     # checkpoint of a run
