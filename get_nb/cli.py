@@ -52,18 +52,19 @@ def options(*names):
         return f
     return wrap
 
-# %% ../nbs/51_cli.ipynb #5db7709e
+# %% ../nbs/51_cli.ipynb #32820002
 @cli.command()
 @options("profile", "stage", "group", "root", "runs")
 @click.option("--dry-run", is_flag=True, help="Say what would run and why, and stop.")
 @click.option("--fresh", is_flag=True, help="Run selected stages even if they hold, from the start.")
+@click.option("--cores", type=click.IntRange(1), help="Cores to share among stages; by default as many as the largest stage has threads.")
 @click.option("--redraw", is_flag=True, help="Only draw tables and figures, from the published records.")
-def reproduce(profile, stage, group, root, runs, dry_run, fresh, redraw):
+def reproduce(profile, stage, group, root, runs, dry_run, fresh, cores, redraw):
     "Train, generate, evaluate and draw: everything of a profile that does not hold yet."
     root = find_root(root)
     if dry_run: return list_stages(root, profile, stage, group, runs)
     if redraw: return pipeline.redraw(root, profile, runs)
-    folder = pipeline.run_profile(root, profile, stage, group, fresh, runs)
+    folder = pipeline.run_profile(root, profile, stage, group, fresh, runs, cores)
     click.echo(pipeline.compare_tables(folder, root / "results" / Path(profile).stem, chain.select(chain.load_profile(root, profile), stage, group)))
     click.echo(f"pages to read: {folder}/*/notebook.html")
 

@@ -179,8 +179,8 @@ def load_profile(root: Path, name: str) -> dict:  # stage name -> Stage, in runn
         done[ready[0]] = stages[ready[0]]
     return done
 
-# %% ../nbs/49_stages.ipynb #08a3fc08
-IGNORED = ("stamp.json", "key.json", "progress.json", "notebook.ipynb", "notebook.html")
+# %% ../nbs/49_stages.ipynb #f370fd26
+IGNORED = ("stamp.json", "key.json", "progress.json", "kernel.log", "notebook.ipynb", "notebook.html")
 
 def is_record(name: str) -> bool:
     "Does this output file belong to the record (published) rather than to the artifacts?"
