@@ -1,0 +1,57 @@
+"Stages that run side by side: a failing one lets its neighbour finish, and nothing after it starts."
+import time
+from pathlib import Path
+
+import pytest
+
+from get_nb import pipeline
+from get_nb.stages import Stage
+
+
+def stage(name, *needs, **params):
+    return Stage(name, Path("student.ipynb"), inputs={n: n for n in needs}, params=params)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    "Run fake stages: what each does is a function; -> names in the order of start, end and what was raised."
+    def run(stages, work, cores):
+        log = []
+
+        def fake(s, root, runs, fresh):
+            log.append(f"{s.name} starts")
+            work(s.name)
+            log.append(f"{s.name} ends")
+            return dict(seconds=0)
+        monkeypatch.setattr(pipeline, "run_stage", fake)
+        monkeypatch.setattr(pipeline, "why_run", lambda s, runs: "test")
+        monkeypatch.setattr(pipeline, "load_profile", lambda root, name: {s.name: s for s in stages})
+        error = None
+        try:
+            pipeline.run_profile(tmp_path, "p", runs=tmp_path, cores=cores)
+        except pipeline.StageError as e:
+            error = str(e)
+        return log, error
+    return run
+
+
+def test_a_failure_lets_the_neighbour_finish_and_starts_nothing_else(run, capsys):
+    def work(name):
+        if name == "bad":
+            raise pipeline.StageError("stage bad failed")
+        time.sleep(.3)
+    log, error = run([stage("bad"), stage("good"), stage("after", "good")], work, 2)
+    assert error == "stage bad failed" and "good ends" in log and "after starts" not in log
+    assert "waiting for good" in capsys.readouterr().out
+
+
+def test_a_stage_waits_for_what_it_needs_and_for_cores(run):
+    log, error = run([stage("a"), stage("b"), stage("c", "a", "b"), stage("wide", threads=2)], lambda name: time.sleep(.1), 2)
+    assert error is None and log.index("c starts") > max(log.index("a ends"), log.index("b ends"))
+    at = log.index("wide starts")
+    assert log[at + 1] == "wide ends"
+
+
+@pytest.mark.parametrize("params, cores", [(dict(threads=1, device="cpu"), 1), (dict(threads=8, device="cpu"), 4), (dict(threads=0, device="cpu"), 4), (dict(threads=1, device="cuda"), 4), ({}, 1)])
+def test_a_stage_takes_the_cores_that_it_says(params, cores):
+    assert pipeline.cores_of(stage("s", **params), 4) == cores
