@@ -39,7 +39,7 @@ def progress_text(folder: Path, label: str) -> str:
     left = f", {tqdm.format_interval((s['total'] - s['n']) / s['rate'])} left" if s["total"] and s["rate"] else ""
     return f"{label}: {s['desc']} {s['n']}/{s['total']}{left}{', ' + s['note'] if s['note'] else ''}"
 
-# %% ../nbs/50_pipeline.ipynb #0c938db8
+# %% ../nbs/50_pipeline.ipynb #8896cd4b
 @functools.cache
 def register_engine():
     "Teach papermill to start a kernel with the environment of its stage."
@@ -48,7 +48,8 @@ def register_engine():
     class StageEngine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, env=None, stderr=None, **_):
-            return PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=120, extra_arguments=["--log-level=ERROR"]).execute(env=env, stderr=stderr)
+            client = PapermillNotebookClient(nb_man, kernel_name=kernel_name, startup_timeout=120, extra_arguments=["--log-level=ERROR"])
+            return client.execute(env=env, stderr=stderr)
     papermill_engines.register("get_nb", StageEngine)
 
 def write_page(notebook: Path):
@@ -58,7 +59,7 @@ def write_page(notebook: Path):
     page, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(notebook))
     notebook.with_suffix(".html").write_text(page)
 
-# %% ../nbs/50_pipeline.ipynb #06d75e0d
+# %% ../nbs/50_pipeline.ipynb #9d1e9bf2
 def execute(stage: Stage, parameters: dict, folder: Path, cwd: Path):  # raises StageError
     "Run the notebook through papermill; keep the executed notebook and its page."
     import papermill
@@ -70,13 +71,18 @@ def execute(stage: Stage, parameters: dict, folder: Path, cwd: Path):  # raises 
     env = dict(os.environ, GET_NB_PROGRESS=str(progress_file))
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"      # the kernel of this environment, whatever kernels the user has
     try:
-        with open(log, "w") as stderr: papermill.execute_notebook(str(stage.notebook), str(notebook), parameters, engine_name="get_nb", kernel_name="python3", progress_bar=False, cwd=str(cwd), env=env, stderr=stderr)
+        with open(log, "w") as stderr:
+            papermill.execute_notebook(str(stage.notebook), str(notebook), parameters, engine_name="get_nb", kernel_name="python3",
+                                       progress_bar=False, cwd=str(cwd), env=env, stderr=stderr)
         log.unlink()
-    except papermill.PapermillExecutionError as e: raise StageError(f"stage {stage.name} failed: {e.ename}: {' '.join(e.evalue.split())}; see {folder / 'notebook.html'}") from None
-    except DeadKernelError: raise StageError(f"stage {stage.name} failed: its kernel died (out of memory? see {log}); run the same command to go on from the last checkpoint") from None
+    except papermill.PapermillExecutionError as e:
+        raise StageError(f"stage {stage.name} failed: {e.ename}: {' '.join(e.evalue.split())}; see {folder / 'notebook.html'}") from None
+    except DeadKernelError:
+        raise StageError(f"stage {stage.name} failed: its kernel died (out of memory? see {log}); "
+                         "run the same command to go on from the last checkpoint") from None
     finally: progress_file.unlink(missing_ok=True); write_page(notebook)
 
-# %% ../nbs/50_pipeline.ipynb #4a2d688e
+# %% ../nbs/50_pipeline.ipynb #b3cf2d77
 def run_stage(stage: Stage, root: Path, runs: Path, fresh: bool = False) -> dict:  # the stamp; raises StageError
     "Run one stage and stamp it."
     folder, key, began = runs / stage.name, stage_key(stage, runs), time.time()
@@ -88,18 +94,20 @@ def run_stage(stage: Stage, root: Path, runs: Path, fresh: bool = False) -> dict
     shutil.rmtree(folder / "state", ignore_errors=True)
     record = folder / "record.json"
     made_by = json.loads(record.read_text())["provenance"] if record.is_file() else get_nb.core.provenance()
-    stamp = dict(stage=stage.name, notebook=stage.notebook.stem, key=key, seed=stage.params.get("seed"), seconds=round(time.time() - began, 1), **made_by, outputs=stage_outputs(folder))
+    stamp = dict(stage=stage.name, notebook=stage.notebook.stem, key=key, seed=stage.params.get("seed"),
+                 seconds=round(time.time() - began, 1), **made_by, outputs=stage_outputs(folder))
     write_json(folder / "stamp.json", stamp)
     return stamp
 
-# %% ../nbs/50_pipeline.ipynb #f1bb6402
+# %% ../nbs/50_pipeline.ipynb #b244ca68
 def runs_folder(root: Path, profile: str, runs=None) -> Path:  # raises ConfigError
     "The folder of a profile's runs, made if need be."
     folder = Path(runs or root / "runs") / Path(profile).stem
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder): pass
-    except OSError as e: raise ConfigError(f"cannot write to {folder}: {e.strerror}; free it, or name another folder with --runs") from None
+    except OSError as e:
+        raise ConfigError(f"cannot write to {folder}: {e.strerror}; free it, or name another folder with --runs") from None
     return folder.resolve()
 
 # %% ../nbs/50_pipeline.ipynb #c4c67702
@@ -145,13 +153,21 @@ class Scheduler:
             self.failed.append(error); self.waiting.clear()
             if self.running: print(f"{self.label(name)}: failed; waiting for {', '.join(self.running)}", flush=True)
 
-# %% ../nbs/50_pipeline.ipynb #027d4c56
-def run_profile(root: Path, profile: str, stage=None, group=None, fresh=False, runs=None, cores=None) -> Path:  # runs folder; raises ConfigError, StageError
+# %% ../nbs/50_pipeline.ipynb #1bba9f0d
+def run_profile(root: Path,     # the clone
+                profile: str,   # its name, or a yaml file
+                stage=None,     # only this one, and what it needs
+                group=None,     # only this group, and what it needs
+                fresh=False,    # run what is selected even if it holds
+                runs=None,      # folder for runs; by default runs/ in the clone
+                cores=None,     # to share among stages; by default as many as the largest has threads
+               ) -> Path:       # folder of this profile's runs; raises ConfigError, StageError
     "Run every selected stage whose stamp does not hold."
     stages = select(load_profile(root, profile), stage, group)
     folder = runs_folder(root, profile, runs); lock = FileLock(folder / ".lock", timeout=0)
     try: lock.acquire()
-    except Timeout: raise ConfigError(f"{folder} is in use by another run; wait for it, or name another folder with --runs") from None
+    except Timeout:
+        raise ConfigError(f"{folder} is in use by another run; wait for it, or name another folder with --runs") from None
     cores = cores or max(s.params.get("threads", 1) for s in stages.values()) or 1
     todo = Scheduler(stages, root, folder, cores, tuple(n for n in stages if fresh and stage in (None, n)))
     bar = tqdm(leave=False, bar_format="{desc} {elapsed}", mininterval=.5, disable=None)      # on a terminal only
@@ -166,26 +182,30 @@ def run_profile(root: Path, profile: str, stage=None, group=None, fresh=False, r
     if todo.failed: raise todo.failed[0]
     return folder
 
-# %% ../nbs/50_pipeline.ipynb #a05dab2a
+# %% ../nbs/50_pipeline.ipynb #53c04bc3
 def untimed(table: dict) -> dict:
     "A table without its timing columns."
     timed = {c["key"] for c in table["columns"] if c["timing"]}
-    return dict(table, columns=[c for c in table["columns"] if c["key"] not in timed], rows=[{k: v for k, v in r.items() if k not in timed} for r in table["rows"]])
+    return dict(table, columns=[c for c in table["columns"] if c["key"] not in timed],
+                rows=[{k: v for k, v in r.items() if k not in timed} for r in table["rows"]])
 
 def cell_values(table: dict) -> dict:  # (row, column) -> value
     "The plain values of a table; a row is named by its first column."
     first = table["columns"][0]["key"]
     return {(str(r.get(first)), k): v.get("value") if isinstance(v, dict) else v for r in table["rows"] for k, v in r.items()}
 
-# %% ../nbs/50_pipeline.ipynb #bd007800
+# %% ../nbs/50_pipeline.ipynb #746c0e78
 def compare_table(new: dict, old: dict) -> str:  # one line
     "How a table differs from the published one."
     if untimed(new) == untimed(old): return "identical (timing apart)"
     a, b = cell_values(untimed(new)), cell_values(untimed(old))
     changed = [(k, a.get(k), b.get(k)) for k in [*a, *(b.keys() - a.keys())] if a.get(k) != b.get(k)]
     if not changed: return "same values, other texts"
-    numbers = [(abs(x - y) / max(abs(y), 1e-9), k, x, y) for k, x, y in changed if isinstance(x, (int, float)) and isinstance(y, (int, float))]
-    if not numbers: return f"{len(changed)} cells differ, e.g. {'/'.join(changed[0][0])}: {changed[0][1]} now, {changed[0][2]} published"
+    number = lambda x: isinstance(x, (int, float))
+    numbers = [(abs(x - y) / max(abs(y), 1e-9), k, x, y) for k, x, y in changed if number(x) and number(y)]
+    if not numbers:
+        place, now, then = changed[0]
+        return f"{len(changed)} cells differ, e.g. {'/'.join(place)}: {now} now, {then} published"
     worst, (row, column), x, y = max(numbers)
     return f"{len(changed)} cells differ, most in {row} / {column}: {x:.4g} now, {y:.4g} published ({worst:.1%})"
 
@@ -193,12 +213,12 @@ def compare_tables(runs: Path, results: Path, stages=None) -> str:  # a line per
     "Compare a run's tables, all or those of some stages, with the published ones."
     lines = []
     for path in sorted(p for p in runs.glob("table_*/table_*.json") if stages is None or p.stem in stages):
-        published = results / "tables" / path.name
-        verdict = compare_table(json.loads(path.read_text()), json.loads(published.read_text())) if published.is_file() else "not published yet"
+        published, verdict = results / "tables" / path.name, "not published yet"
+        if published.is_file(): verdict = compare_table(json.loads(path.read_text()), json.loads(published.read_text()))
         lines.append(f"{path.stem}: {verdict}  ({path.with_suffix('.md')})")
     return "\n".join(lines) or "no tables in this selection"
 
-# %% ../nbs/50_pipeline.ipynb #cce451c4
+# %% ../nbs/50_pipeline.ipynb #0297166f
 def kind_folder(stage: Stage) -> str:
     "Where a stage's public files go under results/<profile>."
     return f"records/{stage.name}" if not stage.draws else "tables" if stage.name.startswith("table") else "figures"
@@ -211,7 +231,8 @@ def publish_stage(stage: Stage, runs: Path, new: Path) -> dict:  # entry of the 
         if not stage.draws and not is_record(name): continue
         shutil.copyfile(runs / stage.name / name, target / name)
         files[f"{kind_folder(stage)}/{name}"] = sha256_file(target / name)
-    return {k: stamp[k] for k in ("notebook", "key", "seed", "seconds", "python", "packages", "hardware")} | dict(group=stage.group, files=files)
+    kept = ("notebook", "key", "seed", "seconds", "python", "packages", "hardware")
+    return {k: stamp[k] for k in kept} | dict(group=stage.group, files=files)
 
 # %% ../nbs/50_pipeline.ipynb #2ce6a45a
 def publish(root: Path, profile: str, group=None, runs=None) -> str:  # one line; raises ConfigError
@@ -233,7 +254,7 @@ def publish(root: Path, profile: str, group=None, runs=None) -> str:  # one line
     os.replace(new, target); shutil.rmtree(old, ignore_errors=True)
     return f"published {len(stages)} stages to {target}"
 
-# %% ../nbs/50_pipeline.ipynb #cccf4a27
+# %% ../nbs/50_pipeline.ipynb #0f9da880
 def stale_records(root: Path, name: str) -> list:  # lines
     "Published records that were made by code other than today's."
     manifest = json.loads((root / "results" / name / "manifest.json").read_text())
@@ -241,20 +262,24 @@ def stale_records(root: Path, name: str) -> list:  # lines
     for stage, m in manifest["stages"].items():
         notebook = root / "nbs/paper" / f"{m['notebook']}.ipynb"
         now = code_hashes(notebook) if notebook.is_file() else {}
-        changed = sorted(k for k in m["key"]["code"].keys() | now.keys() if m["key"]["code"].get(k) != now.get(k))
-        if changed and any(f.startswith("records/") for f in m["files"]): lines.append(f"record of {stage}: made by older code ({', '.join(changed[:4])} changed since)")
+        then = m["key"]["code"]
+        changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+        if changed and any(f.startswith("records/") for f in m["files"]):
+            lines.append(f"record of {stage}: made by older code ({', '.join(changed[:4])} changed since)")
     return lines
 
-# %% ../nbs/50_pipeline.ipynb #2da0c7cf
+# %% ../nbs/50_pipeline.ipynb #fd938442
 def redraw(root: Path, profile: str, runs=None) -> None:  # raises ConfigError, StageError
     "Draw all published tables and figures again, from results/<profile>/records, into runs/<profile>-redrawn."
     name, records = Path(profile).stem, root / "results" / Path(profile).stem / "records"
-    if not records.is_dir(): raise ConfigError(f"{records}: no published records of profile {name!r}; run 'get-nb reproduce' and 'get-nb publish'")
+    if not records.is_dir():
+        raise ConfigError(f"{records}: no published records of profile {name!r}; run 'get-nb reproduce' and 'get-nb publish'")
     folder = runs_folder(root, f"{name}-redrawn", runs)
     for line in stale_records(root, name): print(line)
     for s in load_profile(root, profile).values():
         if not s.draws or any(not (records / r / "record.json").is_file() for r in s.records): continue
         (folder / s.name).mkdir(exist_ok=True)
-        execute(s, dict(s.params, out=str(folder / s.name), rows=s.rows, records=str(records)), folder / s.name, root)
+        parameters = dict(s.params, out=str(folder / s.name), rows=s.rows, records=str(records))
+        execute(s, parameters, folder / s.name, root)
         print(f"{s.name}: drawn into {folder / s.name}")
     print(compare_tables(folder, root / "results" / name))

@@ -21,27 +21,32 @@ import get_nb.core
 from .core import ConfigError, explain, nearest
 from .files import sha256_file
 
-# %% ../nbs/49_stages.ipynb #7b9d53e7
+# %% ../nbs/49_stages.ipynb #76cda89e
 def canonical(node):
     "A syntax tree as nested lists, the same on every Python version: empty fields, whose number differs, are left out."
-    if isinstance(node, ast.AST): return [type(node).__name__, *[(k, canonical(v)) for k, v in ast.iter_fields(node) if v not in (None, []) and k not in ("kind", "type_comment")]]
+    if isinstance(node, ast.AST):
+        fields = [(k, canonical(v)) for k, v in ast.iter_fields(node) if v not in (None, []) and k not in ("kind", "type_comment")]
+        return [type(node).__name__, *fields]
     return [canonical(v) for v in node] if isinstance(node, list) else repr(node)
 
 def code_hash(source: str) -> str:  # 16 hexadecimal digits
     "Hash of what Python code does: comments, docstrings and layout are left out."
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node) is not None: node.body = node.body[1:] or [ast.Pass()]
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        if documented and ast.get_docstring(node) is not None: node.body = node.body[1:] or [ast.Pass()]
     return hashlib.sha256(repr(canonical(tree)).encode()).hexdigest()[:16]
 
-# %% ../nbs/49_stages.ipynb #792f654e
+# %% ../nbs/49_stages.ipynb #bb0ac3dc
 def code_cells(path: Path, tagged: bool = False) -> list:  # sources; raises ConfigError
     "Sources of a notebook's code cells: those tagged `parameters`, or all the others."
     try: cells = [(c, "".join(c["source"])) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
     except (ValueError, KeyError) as e: raise ConfigError(f"{path}: not a notebook ({e})") from None
     for _, text in cells:
         try: ast.parse(text)
-        except SyntaxError as e: raise ConfigError(f"{path}: a cell is not plain Python ({e.text.strip() if e.text else e.msg}); magics and shell lines cannot be hashed, write them as Python") from None
+        except SyntaxError as e:
+            found = e.text.strip() if e.text else e.msg
+            raise ConfigError(f"{path}: a cell is not plain Python ({found}); magics and shell lines cannot be hashed, write them as Python") from None
     return [text for c, text in cells if ("parameters" in c["metadata"].get("tags", [])) == tagged]
 
 def imported_rooms(source: str) -> set:  # names of get_nb modules
@@ -52,7 +57,7 @@ def imported_rooms(source: str) -> set:  # names of get_nb modules
             base = ".".join(p for p in ("get_nb" if node.level else "", node.module) if p)
             names |= {base} | {f"{base}.{a.name}" for a in node.names}
         if isinstance(node, ast.Import): names |= {a.name for a in node.names}
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"get_nb\.\w+", node.value): names.add(node.value)    # modules imported by name
+        if isinstance(node, ast.Constant) and re.fullmatch(r"get_nb\.\w+", str(node.value)): names.add(node.value)    # imported by name
     return {n.split(".")[1] for n in names if n.startswith("get_nb.")}
 
 # %% ../nbs/49_stages.ipynb #c39658ee
@@ -66,7 +71,7 @@ def code_hashes(notebook: Path) -> dict:  # "notebook" and each module used, dir
         text = path.read_text(); out[name] = code_hash(text); todo |= imported_rooms(text)
     return out
 
-# %% ../nbs/49_stages.ipynb #1dab4f75
+# %% ../nbs/49_stages.ipynb #cc808a45
 TYPES = {k: getattr(pydantic, k) for k in ("PositiveInt", "NonNegativeInt", "PositiveFloat", "NonNegativeFloat")} | \
         {"Fraction": get_nb.core.Fraction, "Literal": get_nb.core.Literal} | {t.__name__: t for t in (int, float, str, bool, list, dict)}
 
@@ -74,10 +79,12 @@ def declared_parameters(notebook: Path) -> dict:  # name -> (type, default); rai
     "What the parameters cell of a notebook declares."
     cells = code_cells(notebook, tagged=True)
     if len(cells) != 1: raise ConfigError(f"{notebook}: {len(cells)} cells are tagged 'parameters', papermill needs exactly one")
-    try: return {n.target.id: (eval(ast.unparse(n.annotation), dict(TYPES)), ast.literal_eval(n.value)) for n in ast.parse(cells[0]).body if isinstance(n, ast.AnnAssign)}
-    except (NameError, ValueError) as e: raise ConfigError(f"{notebook}: a parameter needs a type from {', '.join(sorted(TYPES))} and a literal default ({e})") from None
+    declared = [n for n in ast.parse(cells[0]).body if isinstance(n, ast.AnnAssign)]
+    try: return {n.target.id: (eval(ast.unparse(n.annotation), dict(TYPES)), ast.literal_eval(n.value)) for n in declared}
+    except (NameError, ValueError) as e:
+        raise ConfigError(f"{notebook}: a parameter needs a type from {', '.join(sorted(TYPES))} and a literal default ({e})") from None
 
-# %% ../nbs/49_stages.ipynb #2627fac6
+# %% ../nbs/49_stages.ipynb #9da0d566
 def yaml_hint(value) -> str:
     "What to do about a number that yaml reads as text."
     try: return f"; yaml reads this as text: write {float(value)!r}" if isinstance(value, str) else ""
@@ -91,7 +98,8 @@ def check_parameters(where: str,      # stage, for messages
     for name, value in given.items():
         if name not in declared: raise ConfigError(f"stage {where}: unknown parameter {name!r}{nearest(name, declared)}")
         try: TypeAdapter(declared[name][0]).validate_python(value, strict=True)
-        except ValidationError as e: raise ConfigError(f"stage {where}: parameter {explain(e).replace('value =', name + ' =', 1)}{yaml_hint(value)}") from None
+        except ValidationError as e:
+            raise ConfigError(f"stage {where}: parameter {explain(e).replace('value =', name + ' =', 1)}{yaml_hint(value)}") from None
     return {name: given.get(name, default) for name, (_, default) in declared.items()}
 
 # %% ../nbs/49_stages.ipynb #a5c63c31
@@ -117,7 +125,7 @@ class Stage:
     @property
     def needs(self): return [*self.inputs.values(), *self.records]
 
-# %% ../nbs/49_stages.ipynb #b00a7c74
+# %% ../nbs/49_stages.ipynb #702a77bf
 STAGE_KEYS = ("notebook", "inputs", "rows", "params", "group", "each")
 WIRING = {"out", "inputs", "rows", "records"}      # parameters that the runner fills in
 
@@ -130,28 +138,32 @@ def fill(value, key: str, new):  # -> the same structure
 def repeat(name: str, spec: dict) -> dict:  # stage name -> spec without `each`
     "Write out a stage that is repeated for each value."
     spec = dict(spec); out = [(name, spec)]
-    for key, values in (spec.pop("each", None) or {}).items(): out = [(fill(n, key, str(v)), fill(s, key, v)) for n, s in out for v in values]
+    for key, values in (spec.pop("each", None) or {}).items():
+        out = [(fill(n, key, str(v)), fill(s, key, v)) for n, s in out for v in values]
     return dict(out)
 
-# %% ../nbs/49_stages.ipynb #3fb66c6a
+# %% ../nbs/49_stages.ipynb #ba122426
 def read_profile(root: Path, name: str):  # -> file, dict; raises ConfigError
     "The yaml of a profile, by name or by path."
     path = Path(name) if name.endswith(".yaml") else root / "nbs/paper/profiles" / f"{name}.yaml"
-    if not path.is_file(): raise ConfigError(f"unknown profile {name!r}{nearest(name, [p.stem for p in (root / 'nbs/paper/profiles').glob('*.yaml')])}")
+    if not path.is_file():
+        raise ConfigError(f"unknown profile {name!r}{nearest(name, [p.stem for p in (root / 'nbs/paper/profiles').glob('*.yaml')])}")
     try: spec = yaml.safe_load(path.read_text())
     except yaml.YAMLError as e: raise ConfigError(f"{path}: not yaml: {' '.join(str(e).split())}") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("stages"), dict): raise ConfigError(f"{path}: needs a mapping 'stages'")
-    for key in spec.keys() - {"about", "defaults", "stages"}: raise ConfigError(f"{path}: unknown key {key!r}{nearest(key, ['about', 'defaults', 'stages'])}")
+    known = ["about", "defaults", "stages"]
+    for key in spec.keys() - set(known): raise ConfigError(f"{path}: unknown key {key!r}{nearest(key, known)}")
     return path, spec
 
-# %% ../nbs/49_stages.ipynb #520dc841
+# %% ../nbs/49_stages.ipynb #b6eb793f
 def make_stage(root: Path, name: str, spec: dict, defaults: dict) -> Stage:  # raises ConfigError
     "Check one stage of a profile."
     for key in spec:
         if key not in STAGE_KEYS: raise ConfigError(f"stage {name}: unknown key {key!r}{nearest(key, STAGE_KEYS)}")
     if not re.fullmatch(r"[\w-]+", name): raise ConfigError(f"stage {name!r}: a name is made of letters, digits, _ and -")
     notebook = root / "nbs/paper" / f"{spec.get('notebook', name)}.ipynb"
-    if not notebook.is_file(): raise ConfigError(f"stage {name}: no notebook {notebook.stem!r}{nearest(notebook.stem, [p.stem for p in notebook.parent.glob('*.ipynb')])}")
+    if not notebook.is_file():
+        raise ConfigError(f"stage {name}: no notebook {notebook.stem!r}{nearest(notebook.stem, [p.stem for p in notebook.parent.glob('*.ipynb')])}")
     declared = declared_parameters(notebook)
     roles, inputs, rows = declared.get("inputs", (dict, {}))[1], spec.get("inputs") or {}, spec.get("rows") or {}
     if inputs.keys() != roles.keys(): raise ConfigError(f"stage {name}: inputs are {sorted(inputs)}, {notebook.stem} reads {sorted(roles)}")
@@ -160,7 +172,7 @@ def make_stage(root: Path, name: str, spec: dict, defaults: dict) -> Stage:  # r
     own = {k: v for k, v in defaults.items() if k in declared} | (spec.get("params") or {})
     return Stage(name, notebook, inputs, rows, check_parameters(name, declared, own), spec.get("group", ""))
 
-# %% ../nbs/49_stages.ipynb #439c253b
+# %% ../nbs/49_stages.ipynb #b71ded2d
 def load_profile(root: Path, name: str) -> dict:  # stage name -> Stage, in running order; raises ConfigError
     "A profile, checked as a whole before anything runs."
     path, spec = read_profile(root, name)
@@ -168,7 +180,8 @@ def load_profile(root: Path, name: str) -> dict:  # stage name -> Stage, in runn
     defaults = spec.get("defaults") or {}
     stages = {n: make_stage(root, n, s, defaults) for n, s in named.items()}
     for key in defaults:
-        if all(key not in s.params for s in stages.values()): raise ConfigError(f"{path}: no stage has a parameter {key!r}{nearest(key, {k for s in stages.values() for k in s.params})}")
+        parameters = {k for s in stages.values() for k in s.params}
+        if key not in parameters: raise ConfigError(f"{path}: no stage has a parameter {key!r}{nearest(key, parameters)}")
     done = {}
     while len(done) < len(stages):
         for s in stages.values():
@@ -197,7 +210,7 @@ def stage_outputs(folder: Path, known: dict = None) -> dict:  # file -> {sha256,
         out[name] = dict(sha256=old["sha256"] if same else sha256_file(p), size=s.st_size, mtime=s.st_mtime_ns)
     return out
 
-# %% ../nbs/49_stages.ipynb #0126ce76
+# %% ../nbs/49_stages.ipynb #0eef79f9
 def read_stamp(folder: Path):  # -> dict or None
     "A stage's stamp; a damaged one counts as none, and is reported."
     path = folder / "stamp.json"
@@ -207,7 +220,9 @@ def read_stamp(folder: Path):  # -> dict or None
 
 def input_hashes(stage: Stage, runs: Path) -> dict:  # "role/file" -> sha256
     "Content that a stage depends on: artifacts of its inputs, records of its rows."
-    def files(name, wanted): return {f: v["sha256"] for f, v in ((read_stamp(runs / name) or {}).get("outputs") or {}).items() if is_record(f) == wanted}
+    def files(name, wanted):
+        outputs = (read_stamp(runs / name) or {}).get("outputs") or {}
+        return {f: v["sha256"] for f, v in outputs.items() if is_record(f) == wanted}
     out = {f"{role}/{f}": h for role, s in stage.inputs.items() for f, h in files(s, False).items()}
     return out | {f"{s}/{f}": h for s in stage.records for f, h in files(s, True).items()}
 
