@@ -39,10 +39,11 @@ def progress_text(folder: Path, label: str) -> str:
     left = f", {tqdm.format_interval((s['total'] - s['n']) / s['rate'])} left" if s["total"] and s["rate"] else ""
     return f"{label}: {s['desc']} {s['n']}/{s['total']}{left}{', ' + s['note'] if s['note'] else ''}"
 
-# %% ../nbs/50_pipeline.ipynb #8896cd4b
+# %% ../nbs/50_pipeline.ipynb #7fdb69b3
 @functools.cache
 def register_engine():
-    "Teach papermill to start a kernel with the environment of its stage."
+    "Teach papermill to start a kernel with the environment of its stage. (Imports are slow, and two threads must not race through them.)"
+    import nbconvert.exporters  # noqa: F401
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
     class StageEngine(NBClientEngine):
@@ -59,12 +60,11 @@ def write_page(notebook: Path):
     page, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(notebook))
     notebook.with_suffix(".html").write_text(page)
 
-# %% ../nbs/50_pipeline.ipynb #9d1e9bf2
+# %% ../nbs/50_pipeline.ipynb #48470bac
 def execute(stage: Stage, parameters: dict, folder: Path, cwd: Path):  # raises StageError
     "Run the notebook through papermill; keep the executed notebook and its page."
     import papermill
     from nbclient.exceptions import DeadKernelError
-    register_engine()
     logging.getLogger("papermill").setLevel(logging.ERROR)      # its parameter check only warns; ours has refused already
     progress_file, notebook, log = folder / "progress.json", folder / "notebook.ipynb", folder / "kernel.log"
     progress_file.unlink(missing_ok=True)
@@ -125,7 +125,7 @@ def in_thread(function, *args) -> Future:
     threading.Thread(target=work, daemon=True).start()
     return future
 
-# %% ../nbs/50_pipeline.ipynb #19f41bec
+# %% ../nbs/50_pipeline.ipynb #aa88bd37
 class Scheduler:
     "Starts the stages of a profile whose turn it is, as many as fit, and takes note of how they end."
     def __init__(self, stages: dict, root: Path, runs: Path, cores: int, again: tuple):
@@ -151,9 +151,9 @@ class Scheduler:
             error = (future := self.running.pop(name)).exception()
             if not error: print(f"{self.label(name)}: done in {future.result()['seconds']:.0f} s", flush=True); continue
             self.failed.append(error); self.waiting.clear()
-            if self.running: print(f"{self.label(name)}: failed; waiting for {', '.join(self.running)}", flush=True)
+            if self.running: print(f"{self.label(name)}: failed ({error}); waiting for {', '.join(self.running)}", flush=True)
 
-# %% ../nbs/50_pipeline.ipynb #1bba9f0d
+# %% ../nbs/50_pipeline.ipynb #5a7a9bce
 def run_profile(root: Path,     # the clone
                 profile: str,   # its name, or a yaml file
                 stage=None,     # only this one, and what it needs
@@ -172,6 +172,7 @@ def run_profile(root: Path,     # the clone
     todo = Scheduler(stages, root, folder, cores, tuple(n for n in stages if fresh and stage in (None, n)))
     bar = tqdm(leave=False, bar_format="{desc} {elapsed}", mininterval=.5, disable=None)      # on a terminal only
     try:
+        register_engine()
         with contextlib.chdir(root):
             while todo.waiting or todo.running:
                 todo.start()
@@ -268,7 +269,7 @@ def stale_records(root: Path, name: str) -> list:  # lines
             lines.append(f"record of {stage}: made by older code ({', '.join(changed[:4])} changed since)")
     return lines
 
-# %% ../nbs/50_pipeline.ipynb #fd938442
+# %% ../nbs/50_pipeline.ipynb #933f1df5
 def redraw(root: Path, profile: str, runs=None) -> None:  # raises ConfigError, StageError
     "Draw all published tables and figures again, from results/<profile>/records, into runs/<profile>-redrawn."
     name, records = Path(profile).stem, root / "results" / Path(profile).stem / "records"
@@ -276,6 +277,7 @@ def redraw(root: Path, profile: str, runs=None) -> None:  # raises ConfigError, 
         raise ConfigError(f"{records}: no published records of profile {name!r}; run 'get-nb reproduce' and 'get-nb publish'")
     folder = runs_folder(root, f"{name}-redrawn", runs)
     for line in stale_records(root, name): print(line)
+    register_engine()
     for s in load_profile(root, profile).values():
         if not s.draws or any(not (records / r / "record.json").is_file() for r in s.records): continue
         (folder / s.name).mkdir(exist_ok=True)
