@@ -129,7 +129,7 @@ class Bytes(Dataset):
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.images[i]
 
-# %% ../nbs/04_metrics.ipynb #615a5c9d
+# %% ../nbs/04_metrics.ipynb #0a4ed226
 class FeatureNetwork:
     "uint8 images (N, C, H, W) -> dict of features (N, d) and logits (N, classes), on the CPU."
     def __init__(self,
@@ -157,9 +157,9 @@ class FeatureNetwork:
         "What a Fréchet distance in these features is called."
         return "FID" if self.kind == "inception" else f"FD-{data}"
 
-def layers_of(extractor) -> tuple:
+def layers_of(extractor) -> list:
     "Names of the two layers in use: for the distances and for the Inception score."
-    return tuple(extractor.get_default_feature_layer_for_metric(m) for m in ("fid", "isc"))
+    return [extractor.get_default_feature_layer_for_metric(m) for m in ("fid", "isc")]
 
 # %% ../nbs/04_metrics.ipynb #bf343d36
 def load_features(source="inception",     # "inception", or the checkpoint of a classifier

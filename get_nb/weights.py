@@ -34,7 +34,7 @@ def weights_folder() -> Path:
     "Where published weights are looked for: $GET_NB_WEIGHTS, or ~/.cache/get_nb/weights."
     return Path(os.environ.get("GET_NB_WEIGHTS") or "~/.cache/get_nb/weights").expanduser()
 
-# %% ../nbs/07_weights.ipynb #0c8189d5
+# %% ../nbs/07_weights.ipynb #7402c871
 def find_weights(name: str,           # a key of WEIGHTS
                  path=None,           # another place of the file
                  sha256: str = None,  # another digest to expect; for tests
@@ -44,7 +44,7 @@ def find_weights(name: str,           # a key of WEIGHTS
     w = WEIGHTS[name]
     path, sha256 = Path(path or weights_folder() / w.file), sha256 or w.sha256
     if not path.is_file():
-        raise FileError(f"{path}: no such file, and {w.use} needs it: put {w.url} there, or name its folder in $GET_NB_WEIGHTS")
+        raise FileError(f"{path}: no such file, needed for {w.use}: put {w.url} there, or name its folder in $GET_NB_WEIGHTS")
     if sha256 and (found := sha256_file(path)) != sha256:
         raise FileError(f"{path}: damaged, or another file: its sha256 begins with {found[:8]}, the published one with {sha256[:8]}")
     return path

@@ -56,7 +56,7 @@ def image_folder(folder, n, size, seed):
 
 
 def test_every_metric_is_torch_fidelity_s_own_on_the_same_folders_of_images(no_network, inception, tmp_path, monkeypatch):
-    # the shallow layers, so that it takes seconds; tests/soak does the same at full depth
+    # the shallow layers, so that it takes seconds: the next test goes to full depth
     layer = staticmethod(lambda metric: "192" if metric == "isc" else "64")
     monkeypatch.setattr(InceptionFeatures, "get_default_feature_layer_for_metric", layer)
     a, b = (image_folder(tmp_path / name, 10, 32, name) for name in "ab")
@@ -70,6 +70,15 @@ def test_every_metric_is_torch_fidelity_s_own_on_the_same_folders_of_images(no_n
     assert (ours["kid"], ours["kid_std"]) == (theirs["kernel_inception_distance_mean"], theirs["kernel_inception_distance_std"])
     assert (ours["precision"], ours["recall"], ours["inception_score"]) == (theirs["precision"], theirs["recall"], theirs["inception_score_mean"])
     assert network.distance("cifar10") == "FID"
+
+
+def test_features_at_full_depth_are_torch_fidelity_s_own(no_network, inception):
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch_rng("depth"), dtype=torch.uint8)
+    ours = load_features("inception", path=inception, sha256=sha256_file(inception))(images)
+    theirs = FeatureExtractorInceptionV3("theirs", ["2048", "logits_unbiased"], str(inception))(images)
+    assert torch.equal(ours["features"], theirs[0]) and torch.equal(ours["logits"], theirs[1])
+    assert ours["features"].shape == (2, 2048) and ours["logits"].shape == (2, 1008)
 
 
 def test_inception_is_used_only_with_the_published_bytes_and_never_fetched(no_network, inception):
