@@ -43,7 +43,7 @@ def generate(model,               # teacher, GET or ViT, eval mode
     if isinstance(model, EDMPrecond): return SAMPLERS[sampler](model, noise, labels, num_steps=num_steps).float()
     return model(noise, labels, n_iter=n_iter) if isinstance(model, GET) else model(noise, labels)
 
-# %% ../nbs/32_evaluate.ipynb #0732fdf8
+# %% ../nbs/32_evaluate.ipynb #f7f5c7e3
 def sample_seeds(model, seeds: range, conditional: bool = True, **how):  # -> uint8 (n, C, H, W), labels int64 (n,), ms per image
     "The images of consecutive seeds, as one batch; `how` goes to `generate`."
     c, device = model.config, next(model.parameters()).device
@@ -57,7 +57,8 @@ def seed_batches(first: int, n: int, batch_size: int) -> list:
     "n consecutive seeds, in ranges of a batch each."
     return [range(s, min(s + batch_size, first + n)) for s in range(first, first + n, batch_size)]
 
-def sample_images(model, n: int, first_seed: int = EVAL_SEED, conditional: bool = True, batch_size: int = 500, **how):  # -> uint8 (n, C, H, W), labels int64 (n,)
+def sample_images(model, n: int, first_seed: int = EVAL_SEED, conditional: bool = True, batch_size: int = 500,
+                  **how):  # -> uint8 (n, C, H, W), labels int64 (n,)
     "n images from the noise and labels of consecutive seeds; `how` goes to `generate`."
     images, labels, _ = zip(*(sample_seeds(model, s, conditional, **how) for s in seed_batches(first_seed, n, batch_size)))
     return torch.cat(images), torch.cat(labels)
@@ -124,14 +125,14 @@ class EvalConfig:
     conditional: bool = True             # False: no labels
     first_seed: NonNegativeInt = EVAL_SEED
 
-# %% ../nbs/32_evaluate.ipynb #3411b3b3
+# %% ../nbs/32_evaluate.ipynb #8e77eb9e
 def measure(model,            # teacher, GET or ViT, eval mode
             cfg: EvalConfig,
             train,            # training split: an ImageSet, or a dict of mu and sigma
             test,             # held-out split, likewise
             network: FeatureNetwork,
             only_fd: bool = False,   # of the distances, the Fréchet distance alone
-            **how):           # to `generate`; -> dict, images uint8 (n, C, H, W), labels int64 (n,); three times None on other processes than the first
+            **how):           # to `generate`; -> dict, images uint8 (n, C, H, W), labels int64 (n,); None on all processes but the first
     "Metrics and cost of one way of sampling."
     def work(seeds):
         images, labels, ms = sample_seeds(model, seeds, cfg.conditional, **how)
@@ -140,31 +141,34 @@ def measure(model,            # teacher, GET or ViT, eval mode
     if parts is None: return None, None, None
     images, labels, made, ms = zip(*parts)
     images, labels, made = torch.cat(images), torch.cat(labels), {k: torch.cat([m[k] for m in made]) for k in made[0]}
-    out = dict(samples=cfg.samples, **how) | {name: compare(made, getattr(s, "images", s), network, only_fd) for name, s in (("train", train), ("test", test))}
+    out = dict(samples=cfg.samples, **how)
+    for name, s in (("train", train), ("test", test)): out[name] = compare(made, getattr(s, "images", s), network, only_fd)
     knows = network.kind == "classifier" and labels.min() >= 0
     out["class_accuracy"] = (made["logits"].argmax(1) == labels).float().mean().item() if knows else None
     return out | cost(model, cfg.conditional, **how) | dict(ms_per_image=statistics.median(ms)), images, labels
 
-# %% ../nbs/32_evaluate.ipynb #3ae462c6
+# %% ../nbs/32_evaluate.ipynb #bdb3ff21
 def protocol(data: str, kind: str, samples: int) -> str:
     "What was measured, in a line, and how it differs from what was published."
-    if kind != "inception": return f"{samples:,} images; features of a classifier of {data}: no FID, and not comparable with one"
+    if kind != "inception": return f"{samples:,} images; features of a classifier of {data}: no FID, not comparable with one"
     line = f"{samples:,} images, torch-fidelity's Inception, against the training and the test split of {data}"
     if data != "cifar10": return line
-    released = "released protocol: 50,000 images; locuslab/get quotes the test split, EDM and most others the training split, some 2 lower"
-    return f"{line} ({released}{'' if samples == 50_000 else '; FID falls with the number of images, so this one is not comparable'})"
+    released = "locuslab/get quotes the test split, EDM and most others the training split, where FID is some 2 lower"
+    fewer = "" if samples == 50_000 else "; FID falls with the number of images, so this one is not comparable"
+    return f"{line} (released protocol: 50,000 images; {released}{fewer})"
 
-# %% ../nbs/32_evaluate.ipynb #bb890c72
+# %% ../nbs/32_evaluate.ipynb #089779d1
 def evaluate(model, cfg: EvalConfig, train, test, network: FeatureNetwork, data: str):  # -> dict, images, labels
     "The whole protocol for one model; `data` is the name of the set, other arguments as in `measure`."
     kind = "teacher" if isinstance(model, EDMPrecond) else "get" if isinstance(model, GET) else "vit"
     args = (train, test, network)
-    how = dict(num_steps=cfg.num_steps, sampler=cfg.sampler) if kind == "teacher" else dict(n_iter=model.cfg.n_iter) if kind == "get" else {}
-    result, images, labels = measure(model, cfg, *args, **how)
-    points = [dict(num_steps=k, sampler=cfg.sampler) if kind == "teacher" else dict(n_iter=k) for k in (cfg.sweep if kind != "vit" else ())]
-    sweep = [measure(model, cfg, *args, only_fd=True, **point)[0] for point in points]
+    own = dict(teacher=cfg.num_steps, get=model.cfg.n_iter if kind == "get" else None, vit=None)[kind]
+    def how(k): return dict(teacher=dict(num_steps=k, sampler=cfg.sampler), get=dict(n_iter=k), vit={})[kind]
+    result, images, labels = measure(model, cfg, *args, **how(own))
+    sweep = [measure(model, cfg, *args, only_fd=True, **how(k))[0] for k in (cfg.sweep if kind != "vit" else ())]
     if result is None: return None, None, None
-    result |= dict(kind=kind, name=model.config["name"], data=data, distance=network.distance(data), protocol=protocol(data, network.kind, cfg.samples), sweep=sweep)
+    result |= dict(kind=kind, name=model.config["name"], data=data, sweep=sweep)
+    result |= dict(distance=network.distance(data), protocol=protocol(data, network.kind, cfg.samples))
     result["copy_share"] = copy_share(images, train.images) if isinstance(train, ImageSet) else None
     return result, images, labels
 
@@ -180,7 +184,7 @@ def shape_of(config: dict) -> tuple:
     "(C, H, W) of a model's images."
     return config["channels"], config["image_size"], config["image_size"]
 
-# %% ../nbs/32_evaluate.ipynb #d1f388c4
+# %% ../nbs/32_evaluate.ipynb #946509b0
 KNOWN_DATA = {(1, 8, 8): "digits", (3, 32, 32): "cifar10"}    # what models of this shape are compared with, when nothing is said
 
 def load_references(shape: tuple,  # (C, H, W) of the model's images
@@ -196,43 +200,52 @@ def load_references(shape: tuple,  # (C, H, W) of the model's images
     for split in ("train", "test"):
         file = statistics.get(split)
         s = load_statistics(file) if file else load_data(name, split, **(dict(size=shape[-1]) if name == "shapes" else {}))
-        if not file and s.shape != shape: raise ConfigError(f"{path}: makes images of {size}, {s.name} has {'x'.join(map(str, s.shape))}")
+        if not file and s.shape != shape:
+            raise ConfigError(f"{path}: makes images of {size}, {s.name} has {'x'.join(map(str, s.shape))}")
         out.append(s)
     return name, *out
 
-# %% ../nbs/32_evaluate.ipynb #190bd1f6
+# %% ../nbs/32_evaluate.ipynb #f887a9fb
 def evaluate_checkpoint(path,                 # .safetensors, .pth or .pkl
                         features="inception", # or the checkpoint of a classifier
                         data: str = None,     # set to compare with; None: by the shape of the images
                         samples: int = None,  # None: 50,000 with Inception, else 5,000
-                        statistics: dict = {},   # split -> npz file with mu and sigma, instead of its images
+                        statistics: dict = None, # split -> npz file with mu and sigma, instead of its images
                         unconditional: bool = False,   # of a conditional teacher
                         steps: int = None,    # of a teacher; None: 18
                         batch_size: int = 500,
                         device: str = "auto",
-                       ) -> dict:             # None on other processes than the first; raises FileError, UnsafeFileError, ConfigError
+                       ) -> dict:             # None on all processes but the first; raises FileError, UnsafeFileError, ConfigError
     "The protocol for a file of weights."
     model, device = load_kind(path, ("model", "teacher"), "nothing that makes images"), join_processes(device)
     if features != "inception": load_kind(features, ("classifier",), "not a classifier")
-    if (unconditional or steps) and model.config["builder"] != "teacher": raise ConfigError(f"{path}: a {model.config['name']} takes neither --steps nor --unconditional: it is one-step, and conditional as it was trained")
-    shape = shape_of(model.config)
-    if features == "inception" and shape[0] != 3: raise ConfigError(f"{path}: makes images of {shape[0]} channel, Inception needs 3: name a classifier with --classifier")
+    if (unconditional or steps) and model.config["builder"] != "teacher":
+        raise ConfigError(f"{path}: a {model.config['name']} takes neither --steps nor --unconditional: "
+                          "it is one-step, and conditional as it was trained")
+    shape, classes = shape_of(model.config), model.config["num_classes"]
+    if features == "inception" and shape[0] != 3:
+        raise ConfigError(f"{path}: makes images of {shape[0]} channel, Inception needs 3: name a classifier with --classifier")
     network = load_features(features, device)
-    name, train, test = load_references(shape, data, statistics, path)
-    cfg = EvalConfig(samples=samples or (50_000 if features == "inception" else 5000), batch_size=batch_size, num_steps=steps or 18, conditional=not unconditional and bool(model.config["num_classes"]))
+    name, train, test = load_references(shape, data, statistics or {}, path)
+    cfg = EvalConfig(samples=samples or (50_000 if features == "inception" else 5000), batch_size=batch_size,
+                     num_steps=steps or 18, conditional=not unconditional and bool(classes))
     return evaluate(model.to(device), cfg, train, test, network, name)[0]
 
-# %% ../nbs/32_evaluate.ipynb #e07afb38
+# %% ../nbs/32_evaluate.ipynb #c03bdbd7
 def evaluation_table(result: dict) -> str:  # markdown
     "What `evaluate` measured, to be read."
-    columns = [Column(key="split", label="against"), Column(key="fd", label=f"{result['distance']} ↓"), Column(key="kid", label="KID ↓", digits=5 if result["distance"] == "FID" else 2),
+    digits, keys = 5 if result["distance"] == "FID" else 2, ("fd", "kid", "precision", "recall")
+    columns = [Column(key="split", label="against"), Column(key="fd", label=f"{result['distance']} ↓"), Column(key="kid", label="KID ↓", digits=digits),
                Column(key="precision", label="precision ↑", digits=3), Column(key="recall", label="recall ↑", digits=3)]
-    rows = [dict(split=f"{result['data']}/{s}", **{k: dict(value=result[s][k], std=result[s].get(f"{k}_std")) for k in ("fd", "kid", "precision", "recall")}) for s in ("train", "test")]
-    known = dict(accuracy=result["class_accuracy"], copies=result["copy_share"])
-    notes = [result["protocol"], f"Inception score {result['train']['inception_score']:.2f} ± {result['train']['inception_score_std']:.2f} over splits",
-             *(f"{name}: {100 * v:.1f}%" for name, v in (("class accuracy", known["accuracy"]), ("samples nearer to a training image than its nearest neighbour", known["copies"])) if v is not None),
-             f"{result['evaluations']} evaluations, {result['gmac']:.4g} GMAC, {result['ms_per_image']:.3g} ms per image; {result['parameters']:,} parameters"]
-    return table_markdown(dict(title=result["name"], columns=[{k: getattr(c, k) for k in Column.__dataclass_fields__} for c in columns], rows=rows, notes=notes))
+    def cells(r): return {k: dict(value=r[k], std=r.get(f"{k}_std")) for k in keys}
+    rows = [dict(split=f"{result['data']}/{s}", **cells(result[s])) for s in ("train", "test")]
+    score, deviation = (result["train"][k] for k in ("inception_score", "inception_score_std"))
+    shares = {"class accuracy": result["class_accuracy"], "nearer to a training image than its nearest neighbour is": result["copy_share"]}
+    notes = [result["protocol"], f"Inception score {score:.2f} ± {deviation:.2f} over splits",
+             *(f"{name}: {100 * v:.1f}% of the images" for name, v in shares.items() if v is not None),
+             f"{result['evaluations']} evaluations, {result['gmac']:.4g} GMAC and {result['ms_per_image']:.3g} ms per image; {result['parameters']:,} parameters"]
+    columns = [{k: getattr(c, k) for k in Column.__dataclass_fields__} for c in columns]
+    return table_markdown(dict(title=result["name"], columns=columns, rows=rows, notes=notes))
 
 # %% ../nbs/32_evaluate.ipynb #5b384055
 def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):  # raises FileError, UnsafeFileError, ConfigError

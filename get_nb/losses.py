@@ -34,17 +34,20 @@ def perceptual_input(x):  # (B, C, H, W) in [-1, 1] -> (B, 3, 224, 224) in [0, 1
     if x.shape[1] == 1: x = x.expand(-1, 3, -1, -1)
     return (F.interpolate(x, size=(224, 224), mode="bilinear") + 1) / 2
 
-# %% ../nbs/30_losses.ipynb #7aad5da4
+# %% ../nbs/30_losses.ipynb #c703bbad
 def load_vgg16(state: dict = None):  # state dict, by default the published one -> its convolutions, frozen; raises FileError
     "The VGG16 whose features are compared [torchvision]."
     from torchvision.models import vgg16
     state = read_weights("vgg16") if state is None else state
     with torch.device("meta"): backbone = vgg16(weights=None).features
-    try: backbone.load_state_dict({k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}, assign=True)
-    except (RuntimeError, TypeError, AttributeError) as e: raise FileError(f"vgg16: not VGG16's weights ({str(e).splitlines()[0]})") from None
+    try:
+        own = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
+        backbone.load_state_dict(own, assign=True)
+    except (RuntimeError, TypeError, AttributeError) as e:
+        raise FileError(f"vgg16: not VGG16's weights ({str(e).splitlines()[0]})") from None
     return backbone.eval().requires_grad_(False)
 
-# %% ../nbs/30_losses.ipynb #a9523207
+# %% ../nbs/30_losses.ipynb #b1b124f2
 LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"   # of lpips/weights/v0.1/vgg.pth
 
 def lpips_weights() -> list:  # of (1, C, 1, 1), one per stage; raises ConfigError, FileError
@@ -52,7 +55,8 @@ def lpips_weights() -> list:  # of (1, C, 1, 1), one per stage; raises ConfigErr
     try: import lpips
     except ImportError: raise ConfigError("the loss 'lpips' needs the extra: pip install 'get_nb[perceptual]'") from None
     path = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
-    if not path.is_file() or sha256_file(path) != LPIPS_SHA256: raise FileError(f"{path}: not the weights of lpips 0.1.4; install that version again")
+    if not path.is_file() or sha256_file(path) != LPIPS_SHA256:
+        raise FileError(f"{path}: not the weights of lpips 0.1.4; install that version again")
     state = torch.load(path, map_location="cpu", weights_only=True)
     return [state[f"lin{i}.model.1.weight"] for i in range(len(STAGES))]
 
@@ -65,14 +69,15 @@ def make_lpips(backbone,        # VGG16's convolutions
     distance = ContentLoss(backbone, layers=STAGES, weights=weights, normalize_features=True)
     return lambda image, target: distance(perceptual_input(image), perceptual_input(target))
 
-# %% ../nbs/30_losses.ipynb #a2f59083
+# %% ../nbs/30_losses.ipynb #6e13f5e2
 def dists_weights(state: dict = None) -> list:  # of (1, C, 1, 1): structure, then texture; raises FileError
     "DISTS's weights of channels [piq]."
     state = read_weights("dists") if state is None else state
     channels = [3, *CHANNELS]
     for k in ("alpha", "beta"):
         v = state.get(k) if isinstance(state, dict) else None
-        if not isinstance(v, torch.Tensor) or v.shape != (1, sum(channels), 1, 1): raise FileError(f"dists_weights.pt: {k!r} is not a tensor of shape (1, {sum(channels)}, 1, 1)")
+        if not isinstance(v, torch.Tensor) or v.shape != (1, sum(channels), 1, 1):
+            raise FileError(f"dists_weights.pt: {k!r} is not a tensor of shape (1, {sum(channels)}, 1, 1)")
     total = (state["alpha"].double().sum() + state["beta"].double().sum()).item()
     if not abs(total - 1) < 1e-2: raise FileError(f"dists_weights.pt: alpha and beta add up to {total:.4g}, should be 1")
     return [w for k in ("alpha", "beta") for w in state[k].detach().split(channels, 1)]

@@ -113,14 +113,15 @@ class ClassifierFeatures(FeatureExtractorBase):
         out = dict(features=h.double(), logits=self.model.head(h).double())
         return tuple(out[k] for k in self.features_list)
 
-# %% ../nbs/04_metrics.ipynb #e1b6acab
+# %% ../nbs/04_metrics.ipynb #60b8c615
 class InceptionFeatures(FeatureExtractorInceptionV3):
     "torch-fidelity's Inception with a local, checked file of weights; raises FileError."
     def __init__(self, name, features_list, feature_extractor_weights_path=None, sha256: str = None, **kwargs):
         clean = io.BytesIO()
         torch.save(read_weights("inception", feature_extractor_weights_path, sha256), clean); clean.seek(0)
         try: super().__init__(name, features_list, feature_extractor_weights_path=clean, **kwargs)
-        except (RuntimeError, TypeError) as e: raise FileError(f"{feature_extractor_weights_path}: not Inception's weights ({str(e).splitlines()[0]})") from None
+        except (RuntimeError, TypeError) as e:
+            raise FileError(f"{feature_extractor_weights_path}: not Inception's weights ({str(e).splitlines()[0]})") from None
 
 # %% ../nbs/04_metrics.ipynb #d726d4cf
 class Bytes(Dataset):
@@ -129,7 +130,7 @@ class Bytes(Dataset):
     def __len__(self): return len(self.images)
     def __getitem__(self, i): return self.images[i]
 
-# %% ../nbs/04_metrics.ipynb #0a4ed226
+# %% ../nbs/04_metrics.ipynb #58b2b7df
 class FeatureNetwork:
     "uint8 images (N, C, H, W) -> dict of features (N, d) and logits (N, classes), on the CPU."
     def __init__(self,
@@ -142,8 +143,10 @@ class FeatureNetwork:
         self.device, self.known = torch.device(device), {}
 
     def __call__(self, images):
-        if self.kind == "inception" and images.shape[1] != 3: raise ConfigError(f"Inception needs colour images, these have {images.shape[1]} channel(s): name a classifier instead")
-        out = get_featuresdict_from_dataset(Bytes(images), self.extractor, self.batch_size, self.device.type == "cuda", save_cpu_ram=True, verbose=False)
+        if self.kind == "inception" and images.shape[1] != 3:
+            raise ConfigError(f"Inception needs colour images, these have {images.shape[1]} channel(s): name a classifier instead")
+        cuda = self.device.type == "cuda"
+        out = get_featuresdict_from_dataset(Bytes(images), self.extractor, self.batch_size, cuda, save_cpu_ram=True, verbose=False)
         return dict(zip(("features", "logits"), (out[k] for k in layers_of(type(self.extractor)))))
 
     def reference(self, images):  # -> dict of statistics and features (N, d)
@@ -161,7 +164,7 @@ def layers_of(extractor) -> list:
     "Names of the two layers in use: for the distances and for the Inception score."
     return [extractor.get_default_feature_layer_for_metric(m) for m in ("fid", "isc")]
 
-# %% ../nbs/04_metrics.ipynb #bf343d36
+# %% ../nbs/04_metrics.ipynb #0d61848a
 def load_features(source="inception",     # "inception", or the checkpoint of a classifier
                   device="cpu",
                   path=None,              # of Inception's file, instead of the usual place
@@ -169,8 +172,10 @@ def load_features(source="inception",     # "inception", or the checkpoint of a 
                  ) -> FeatureNetwork:     # raises FileError
     "The network in whose features distances are measured."
     if source == "inception":
-        return FeatureNetwork(InceptionFeatures("inception", layers_of(InceptionFeatures), path, sha256=sha256), "inception", 100, device)
-    return FeatureNetwork(ClassifierFeatures("classifier", layers_of(ClassifierFeatures), str(source)), "classifier", 500, device)
+        extractor = InceptionFeatures("inception", layers_of(InceptionFeatures), path, sha256=sha256)
+        return FeatureNetwork(extractor, "inception", 100, device)
+    extractor = ClassifierFeatures("classifier", layers_of(ClassifierFeatures), str(source))
+    return FeatureNetwork(extractor, "classifier", 500, device)
 
 # %% ../nbs/04_metrics.ipynb #29e46a71
 FEW = 256   # features up to which the bootstrap is cheap
@@ -183,43 +188,51 @@ def fd_std(features,           # (N, d)
     pick = lambda i: features[rng("bootstrap", i).integers(len(features), size=len(features))]
     return float(np.std([frechet(fid_features_to_statistics(pick(i)), statistics) for i in range(draws)], ddof=1))
 
-# %% ../nbs/04_metrics.ipynb #d3005d0d
+# %% ../nbs/04_metrics.ipynb #3ac6d5af
 def compare(generated,           # uint8 (N, C, H, W), or what the network made of them
             reference,           # uint8 (M, C, H, W), or a dict of mu and sigma
             network: FeatureNetwork,
             only_fd: bool = False,   # leave out the slower ones
-           ) -> dict:            # fd and, unless only_fd, kid, precision, recall, inception_score and deviations; None: needs images
+           ) -> dict:            # fd; unless only_fd also kid, precision, recall (None without images), inception_score, *_std
     "Distribution metrics between two sets of images."
     g = generated if isinstance(generated, dict) else network(generated)
     r = dict(statistics=reference) if isinstance(reference, dict) else network.reference(reference)
-    own = fid_features_to_statistics(g["features"])
-    if len(own["mu"]) != len(r["statistics"]["mu"]): raise ConfigError(f"the statistics are of {len(r['statistics']['mu'])} features, the network has {len(own['mu'])}: they are another network's")
-    out = dict(fd=frechet(own, r["statistics"]))
+    own, theirs = fid_features_to_statistics(g["features"]), r["statistics"]
+    if own["mu"].shape != theirs["mu"].shape:
+        raise ConfigError(f"the statistics are of {len(theirs['mu'])} features, the network has {len(own['mu'])}: they are another network's")
+    out = dict(fd=frechet(own, theirs))
     if only_fd: return out
-    out["fd_std"] = fd_std(g["features"], r["statistics"]) if len(own["mu"]) <= FEW else None
+    out["fd_std"] = fd_std(g["features"], theirs) if len(own["mu"]) <= FEW else None
     score = isc_features_to_metric(g["logits"], splits=min(10, len(g["logits"])))
     kid = prc = {}
     if "features" in r:
         a, b = g["features"], r["features"]
         kid = kid_features_to_metric(a, b, kid_subset_size=min(1000, len(a), len(b)), verbose=False)
         prc = prc_features_to_metric(a.to(network.device), b.to(network.device), save_cpu_ram=True, verbose=False)
-    return out | dict(kid=kid.get("kernel_inception_distance_mean"), precision=prc.get("precision"), recall=prc.get("recall"), inception_score=score["inception_score_mean"],
-                      kid_std=kid.get("kernel_inception_distance_std"), inception_score_std=score["inception_score_std"])
+    out |= {k: score[f"{k}_mean" if k == "inception_score" else k] for k in ("inception_score", "inception_score_std")}
+    out |= dict(kid=kid.get("kernel_inception_distance_mean"), kid_std=kid.get("kernel_inception_distance_std"))
+    return out | dict(precision=prc.get("precision"), recall=prc.get("recall"))
 
-# %% ../nbs/04_metrics.ipynb #a525aada
+# %% ../nbs/04_metrics.ipynb #e1802b97
 def load_statistics(path) -> dict:  # mu (d,), sigma (d, d), float64; raises FileError
     "Precomputed statistics of a reference set, of an npz file with `mu` and `sigma` [NVlabs/edm, pytorch-fid]."
     if not Path(path).is_file(): raise FileError(f"{path}: no such file")
     try:
-        with open(path, "rb") as f: found = np.load(f, allow_pickle=False); s = {k: np.asarray(found[k]) for k in ("mu", "sigma")}
+        with open(path, "rb") as f:
+            found = np.load(f, allow_pickle=False)
+            s = {k: np.asarray(found[k]) for k in ("mu", "sigma")}
     except (OSError, ValueError, KeyError, IndexError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as e:
-        raise FileError(f"{path}: not an npz file of numbers mu and sigma ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise FileError(f"{path}: not an npz file of numbers mu and sigma ({why})") from None
     if any(v.dtype.kind not in "fiu" for v in s.values()): raise FileError(f"{path}: mu and sigma are not real numbers")
     s = {k: v.astype(np.float64) for k, v in s.items()}
-    d = s["mu"].shape
-    if len(d) != 1 or not d[0] or s["sigma"].shape != d * 2: raise FileError(f"{path}: mu has shape {d} and sigma {s['sigma'].shape}; should be (d,) and (d, d)")
-    if not all(np.isfinite(v).all() for v in s.values()): raise FileError(f"{path}: holds values that are not numbers (NaN or infinity)")
-    if not np.allclose(s["sigma"], s["sigma"].T, atol=1e-6 * abs(s["sigma"]).max()) or (s["sigma"].diagonal() < 0).any(): raise FileError(f"{path}: sigma is not a covariance: not symmetric, or a negative variance")
+    mu, sigma = s["mu"], s["sigma"]
+    if mu.ndim != 1 or not mu.size or sigma.shape != mu.shape * 2:
+        raise FileError(f"{path}: mu has shape {mu.shape} and sigma {sigma.shape}; should be (d,) and (d, d)")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise FileError(f"{path}: holds values that are not numbers (NaN or infinity)")
+    if not np.allclose(sigma, sigma.T, atol=1e-6 * abs(sigma).max()) or (sigma.diagonal() < 0).any():
+        raise FileError(f"{path}: sigma is not a covariance: not symmetric, or a negative variance")
     return s
 
 # %% ../nbs/04_metrics.ipynb #878880db

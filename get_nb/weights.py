@@ -49,11 +49,13 @@ def find_weights(name: str,           # a key of WEIGHTS
         raise FileError(f"{path}: damaged, or another file: its sha256 begins with {found[:8]}, the published one with {sha256[:8]}")
     return path
 
-# %% ../nbs/07_weights.ipynb #167cb4dd
+# %% ../nbs/07_weights.ipynb #be3151b9
 def read_weights(name: str, path=None, sha256: str = None):  # -> what the file holds; raises ConfigError, FileError, UnsafeFileError
     "Published weights, checked and read; arguments as in `find_weights`."
     import torch
     path = find_weights(name, path, sha256)
     try: return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError: raise UnsafeFileError(f"{path}: holds other things than tensors, or is damaged; refused") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as e: raise FileError(f"{path}: not a file of weights ({str(e).splitlines()[0]})") from None
+    except pickle.UnpicklingError:
+        raise UnsafeFileError(f"{path}: holds other things than tensors, or is damaged; refused") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as e:
+        raise FileError(f"{path}: not a file of weights ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from None
