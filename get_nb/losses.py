@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'CHANNELS', 'LPIPS_SHA256', 'LOSSES', 'l1', 'l2', 'perceptual_input', 'load_vgg16', 'lpips_weights',
            'make_lpips', 'dists_weights', 'make_dists', 'perceptual', 'get_loss']
 
-# %% ../nbs/30_losses.ipynb #3c0c7232
+# %% ../nbs/30_losses.ipynb #51889273
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,8 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from .core import ConfigError, nearest
-from .files import FileError, sha256_file
-from .weights import read_weights
+from .files import FileError, read_weights, sha256_file
 
 # %% ../nbs/30_losses.ipynb #4a77935f
 def l1(image, target):  # (B, C, H, W) twice -> scalar

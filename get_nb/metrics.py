@@ -7,7 +7,7 @@ __all__ = ['FEW', 'frechet', 'ClassifierConfig', 'Classifier', 'create_classifie
            'class_accuracy', 'ClassifierFeatures', 'InceptionFeatures', 'Bytes', 'FeatureNetwork', 'layers_of',
            'load_features', 'fd_std', 'compare', 'load_statistics', 'nearest_training', 'copy_share']
 
-# %% ../nbs/04_metrics.ipynb #b4b91a43
+# %% ../nbs/04_metrics.ipynb #04fa6b25
 import hashlib, io, zipfile, zlib
 from pathlib import Path
 
@@ -27,9 +27,8 @@ from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from .core import ConfigError, build_config, config, rng, to_uint8, torch_rng
 from .data import ImageSet, to_float
-from .files import FileError, load_checkpoint
+from .files import FileError, load_checkpoint, read_weights
 from .train import TrainConfig, batch_indices, train
-from .weights import read_weights
 
 # %% ../nbs/04_metrics.ipynb #475152ea
 def frechet(a: dict,     # mu (d,), sigma (d, d): as fid_features_to_statistics gives them
