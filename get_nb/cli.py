@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Commands', 'cli', 'main', 'options', 'reproduce', 'list_stages', 'stages', 'publish', 'sample', 'evaluate']
 
-# %% ../nbs/51_cli.ipynb #8ea85cf0
+# %% ../nbs/51_cli.ipynb #3624400d
 import json, sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import click
 
 from . import pipeline, stages as chain
 from .core import EVAL_SEED, ConfigError, find_root, nearest
-from .files import FileError
+from .files import FileError, write_json
 
 # %% ../nbs/51_cli.ipynb #fcfe2383
 class Commands(click.Group):
@@ -93,33 +93,40 @@ def publish(profile, group, root, runs):
     "Copy records, tables and figures of finished stages into results/<profile>."
     click.echo(pipeline.publish(find_root(root), profile, group, runs))
 
-# %% ../nbs/51_cli.ipynb #2b396509
+# %% ../nbs/51_cli.ipynb #eb8070e1
 @cli.command()
-@click.argument("checkpoint", type=click.Path())
+@click.argument("weights", type=click.Path())
 @click.option("--n", default=16, show_default=True, type=click.IntRange(1), help="Number of images.")
 @click.option("--seed", default=EVAL_SEED, show_default=True, type=click.IntRange(0), help="First seed; image i is made from seed + i. Training pairs were made from seeds 0 upwards.")
 @click.option("--label", "labels", type=int, multiple=True, help="Class; repeat for several, they are cycled. By default drawn from the seeds.")
 @click.option("--iterations", type=click.IntRange(1), help="Iterations of a GET; by default its preset.")
 @click.option("--steps", type=click.IntRange(1), help="Heun steps of a teacher; by default 18.")
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(dir_okay=False), help="Picture, a .png or, for the bytes themselves, .npz file.")
-def sample(checkpoint, n, seed, labels, iterations, steps, out):
-    "Draw images with a GET, a ViT or a teacher."
+def sample(weights, n, seed, labels, iterations, steps, out):
+    "Draw images with a GET, a ViT or a teacher: own (.safetensors) or released weights (.pth, .pkl)."
     if Path(out).suffix not in (".png", ".npz"): raise ConfigError(f"--out {out}: a .png or .npz file")
     from get_nb.evaluate import sample_to_file
-    sample_to_file(checkpoint, out, n, seed, labels, n_iter=iterations, num_steps=steps)
+    sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps)
     click.echo(f"{out}: {n} images from seeds {seed}..{seed + n - 1}")
 
-# %% ../nbs/51_cli.ipynb #de642213
+# %% ../nbs/51_cli.ipynb #3a91f2e1
 @cli.command()
-@click.argument("checkpoint", type=click.Path())
-@click.option("--classifier", required=True, type=click.Path(), help="Checkpoint of the feature network, e.g. runs/cpu/classifier/classifier.safetensors.")
-@click.option("--data", default="digits", show_default=True, help="Data set to compare with.")
-@click.option("--n", default=5000, show_default=True, type=click.IntRange(10), help="Number of images.")
+@click.argument("weights", type=click.Path())
+@click.option("--classifier", type=click.Path(), help="Checkpoint of another feature network, e.g. runs/cpu/classifier/classifier.safetensors; by default Inception.")
+@click.option("--data", help="Data set to compare with; by default the one of this image size: digits or cifar10.")
+@click.option("--train-stats", type=click.Path(), help="Statistics of the training split, .npz with mu and sigma, instead of its images.")
+@click.option("--test-stats", type=click.Path(), help="Statistics of the test split, likewise.")
+@click.option("--n", type=click.IntRange(10), help="Number of images; by default 50,000, and 5,000 with a classifier.")
 @click.option("--unconditional", is_flag=True, help="Give no labels to a conditional teacher.")
 @click.option("--steps", type=click.IntRange(1), help="Heun steps of a teacher; by default 18.")
-def evaluate(checkpoint, classifier, data, n, unconditional, steps):
-    "Metrics and cost of a GET, a ViT or a teacher, as json."
-    from get_nb.data import load_data
-    from get_nb.evaluate import evaluate_checkpoint
-    train, test = load_data(data, "train"), load_data(data, "test")
-    click.echo(json.dumps(evaluate_checkpoint(checkpoint, classifier, train, test, n, unconditional, steps), indent=1))
+@click.option("--batch", default=500, show_default=True, type=click.IntRange(1), help="Images per forward pass.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--json", "out", type=click.Path(dir_okay=False), help="File for the json; by default it goes to stdout.")
+def evaluate(weights, classifier, data, train_stats, test_stats, n, unconditional, steps, batch, device, out):
+    "FID, KID, IS, precision, recall and cost of own (.safetensors) or released weights (GET's .pth, EDM's .pkl), against both splits."
+    from get_nb.evaluate import evaluate_checkpoint, evaluation_table
+    result = evaluate_checkpoint(weights, classifier or "inception", data, n, dict(train=train_stats, test=test_stats), unconditional, steps, batch, device)
+    if result is None: return
+    click.echo(evaluation_table(result), err=True)
+    if out: write_json(out, result)
+    else: click.echo(json.dumps(result, indent=1))

@@ -18,13 +18,13 @@ from .losses import get_loss
 from .pairs import PairDataset
 from .train import TrainConfig, batch_indices, train
 
-# %% ../nbs/31_distill.ipynb #0290ca49
+# %% ../nbs/31_distill.ipynb #42a4bd75
 @config
 class DistillConfig:
     "What the student is asked for."
     n_iter: PositiveInt = 6      # iterations unrolled in training; a ViT ignores it
     gamma: Fraction = .8         # decay of the correction weights: the last counts 1, the one before gamma, ...
-    loss: Literal["l1", "l2"] = "l1"   # distance, a key of get_nb.losses.LOSSES
+    loss: Literal["l1", "l2", "lpips", "dists"] = "l1"   # distance, one of get_nb.losses.LOSSES
 
 # %% ../nbs/31_distill.ipynb #1d9a4102
 def distill_loss(model,        # GET or ViT
