@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STORAGES', 'ALLOWED', 'VALUES', 'FIXED', 'MAKERS', 'MARK', 'MAGIC', 'PROTOCOL', 'Token', 'Node', 'is_key', 'Notebook',
-           'Machine', 'read_pickle', 'whole', 'view', 'storage_request', 'from_bytes', 'read_legacy', 'read_zip',
-           'resolve', 'carry_out', 'read_torch']
+           'Machine', 'read_pickle', 'whole', 'view', 'storage_request', 'from_bytes', 'map_file', 'mapped',
+           'read_legacy', 'Archive', 'read_zip', 'resolve', 'carry_out', 'read_torch']
 
-# %% ../nbs/06_reader.ipynb #2c9b5c7c
-import io, math, pickletools, zipfile
+# %% ../nbs/06_reader.ipynb #24f8d4cb
+import io, math, mmap, pickletools, zipfile
 from pathlib import Path
 
 import torch
@@ -151,12 +151,27 @@ def from_bytes(data, dtype, n: int, where: str):  # -> 1-D tensor
     if len(data) != n * dtype.itemsize: raise FileError(f"{where}: a storage of {n} {dtype} needs {n * dtype.itemsize} bytes, there are {len(data)}")
     return torch.frombuffer(bytearray(data), dtype=dtype) if n else torch.empty(0, dtype=dtype)
 
-# %% ../nbs/06_reader.ipynb #165c53df
+# %% ../nbs/06_reader.ipynb #b42a52e6
 MAGIC, PROTOCOL = 0x1950a86a20f9469cfc6c, 1001
 
-def read_legacy(data: bytes, where: str):  # -> tree with tensors; raises FileError
+def map_file(path):  # -> mmap, private: writing to it does not reach the file; raises FileError
+    "A file as memory: only what is looked at is read."
+    with open(path, "rb") as f:
+        try: return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        except ValueError: raise FileError(f"{path}: an empty file") from None
+
+def mapped(memory, offset: int, dtype, n: int, where: str):  # -> 1-D tensor; raises FileError
+    "A storage of n elements that stays in the file until it is looked at."
+    if offset + n * dtype.itemsize > len(memory): raise FileError(f"{where}: a storage of {n} {dtype} ends after the file does")
+    return torch.frombuffer(memory, dtype=dtype, count=n, offset=offset) if n else torch.empty(0, dtype=dtype)
+
+# %% ../nbs/06_reader.ipynb #b8821576
+def read_legacy(file,            # binary file at its start
+                where: str,      # what to call it in a message
+                memory=None,     # the same file as memory: leave storages there
+               ):                # tree with tensors; raises FileError
     "A torch archive of the older layout: magic, protocol, system, pickle, keys, storages."
-    file, asked = io.BytesIO(data), {}
+    asked = {}
     if read_pickle(file, where) != MAGIC or read_pickle(file, where) != PROTOCOL: raise FileError(f"{where}: not a torch file")
     system = read_pickle(file, where)
     if not isinstance(system, dict) or system.get("little_endian") is not True: raise FileError(f"{where}: only little-endian torch files are supported")
@@ -169,33 +184,57 @@ def read_legacy(data: bytes, where: str):  # -> tree with tensors; raises FileEr
     for key in keys:
         dtype, n = asked[key]
         if int.from_bytes(file.read(8), "little") != n: raise FileError(f"{where}: storage {key!r} is not of the size that was promised")
-        storages[key] = from_bytes(file.read(n * dtype.itemsize), dtype, n, where)
+        if memory is None: storages[key] = from_bytes(file.read(n * dtype.itemsize), dtype, n, where)
+        else: storages[key] = mapped(memory, file.tell(), dtype, n, where); file.seek(n * dtype.itemsize, 1)
     return resolve(tree, where, storages)
 
-# %% ../nbs/06_reader.ipynb #84633a33
-def read_zip(path, where: str):  # -> tree with tensors; raises FileError
-    "A torch archive of the zip layout; nothing is extracted, compressed members are refused."
-    try: archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError) as e: raise FileError(f"{where}: not a whole zip file ({e})") from None
-    with archive:
-        members, total = {i.filename: i for i in archive.infolist()}, Path(path).stat().st_size
-        if len(members) != len(archive.infolist()): raise UnsafeFileError(f"{where}: has two members of one name; refused")
-        pickles = [n for n in members if n.count("/") == 1 and n.endswith("/data.pkl")]
+# %% ../nbs/06_reader.ipynb #208fade8
+class Archive:
+    "The members of a torch zip file; nothing is extracted, compressed members are refused. Raises FileError."
+    def __init__(self, path, memory):
+        self.where, self.memory, self.done = str(path), memory, set()
+        try: self.zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e: raise FileError(f"{path}: not a whole zip file ({e})") from None
+        self.members = {i.filename: i for i in self.zip.infolist()}
+        if len(self.members) != len(self.zip.infolist()): raise UnsafeFileError(f"{path}: has two members of one name; refused")
+
+    def check(self, name):  # -> ZipInfo, its bytes verified by their checksum
+        i = self.members.get(name)
+        if i is None: raise FileError(f"{self.where}: lacks its member {name!r}")
+        if i.compress_type != zipfile.ZIP_STORED or i.file_size > len(self.memory): raise UnsafeFileError(f"{self.where}: member {name!r} is compressed or larger than the file; refused")
+        try:
+            with self.zip.open(i) as f:
+                while name not in self.done and f.read(1 << 20): pass
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as e: raise FileError(f"{self.where}: member {name!r} is damaged ({e})") from None
+        self.done.add(name)
+        return i
+
+    def offset(self, name) -> int:  # of the member's bytes in the file
+        at = self.check(name).header_offset
+        return at + 30 + int.from_bytes(self.memory[at + 26:at + 28], "little") + int.from_bytes(self.memory[at + 28:at + 30], "little")
+
+    def read(self, name) -> bytes:
+        at = self.offset(name)
+        return self.memory[at:at + self.members[name].file_size]
+
+# %% ../nbs/06_reader.ipynb #efae599e
+def read_zip(path, where: str, keep: bool = False):  # -> tree with tensors, left in the file if `keep`; raises FileError
+    "A torch archive of the zip layout."
+    memory = map_file(path); archive = Archive(path, memory)
+    with archive.zip:
+        pickles = [n for n in archive.members if n.count("/") == 1 and n.endswith("/data.pkl")]
         if len(pickles) != 1: raise FileError(f"{where}: a zip file, but not torch's: it has {len(pickles)} members named data.pkl")
         base, storages = pickles[0].removesuffix("data.pkl"), {}
-        def read(name):
-            i = members.get(name)
-            if i is None: raise FileError(f"{where}: lacks its member {name!r}")
-            if i.compress_type != zipfile.ZIP_STORED or i.file_size > total: raise UnsafeFileError(f"{where}: member {name!r} is compressed or larger than the file; refused")
-            try: return archive.read(i)
-            except (zipfile.BadZipFile, OSError, EOFError, ValueError) as e: raise FileError(f"{where}: member {name!r} is damaged ({e})") from None
-        if base + "byteorder" in members and read(base + "byteorder") != b"little": raise FileError(f"{where}: only little-endian torch files are supported")
+        if base + "byteorder" in archive.members and archive.read(base + "byteorder") != b"little": raise FileError(f"{where}: only little-endian torch files are supported")
         def persistent(machine, pid):
-            dtype, key, n = storage_request(machine, pid)
-            if key not in storages: storages[key] = from_bytes(read(f"{base}data/{key}"), dtype, n, where)
+            dtype, key, n = storage_request(machine, pid); name = f"{base}data/{key}"
+            if key not in storages:
+                size = archive.check(name).file_size
+                if size != n * dtype.itemsize: raise FileError(f"{where}: a storage of {n} {dtype} needs {n * dtype.itemsize} bytes, there are {size}")
+                storages[key] = mapped(memory, archive.offset(name), dtype, n, where) if keep else from_bytes(archive.read(name), dtype, n, where)
             if (storages[key].dtype, len(storages[key])) != (dtype, n): machine.refuse(f"asks for storage {key!r} in two ways")
             return Node("storage", (key,))
-        return resolve(read_pickle(read(pickles[0]), where, persistent), where, storages)
+        return resolve(read_pickle(archive.read(pickles[0]), where, persistent), where, storages)
 
 # %% ../nbs/06_reader.ipynb #01fc8d35
 def resolve(tree, where: str, storages: dict):  # -> the same tree with tensors and dicts in place of notes; raises FileError
@@ -216,22 +255,25 @@ def resolve(tree, where: str, storages: dict):  # -> the same tree with tensors 
         return carry_out(v, where)
     return go(tree)
 
-# %% ../nbs/06_reader.ipynb #ca85d814
+# %% ../nbs/06_reader.ipynb #cb8e8d92
 def carry_out(v: Node, where: str):  # -> value, or the Node itself; raises FileError
     "What a note means, if it is one of ours."
     a = v.args
     if v.name == "torch._utils._rebuild_tensor_v2" and len(a) >= 4: return view(*a[:4], where)
     if v.name == "torch._utils._rebuild_parameter" and a and isinstance(a[0], torch.Tensor): return a[0]
-    if v.name == "torch.storage._load_from_bytes" and len(a) == 1 and isinstance(a[0], bytes): return read_legacy(a[0], f"{where} (nested torch file)")
+    if v.name == "torch.storage._load_from_bytes" and len(a) == 1 and isinstance(a[0], bytes): return read_legacy(io.BytesIO(a[0]), f"{where} (nested torch file)")
     if v.name == "collections.OrderedDict" and (not a or a == ([],)): return v.items
     if v.name == "argparse.Namespace" and not a: return v.state or {}
     if v.name.startswith(("torch._utils", "torch.storage", "collections", "argparse")): raise UnsafeFileError(f"{where}: calls {v.name} with arguments of a kind it does not take; refused")
     return v
 
-# %% ../nbs/06_reader.ipynb #05f86d10
-def read_torch(path):  # -> plain values and tensors; raises UnsafeFileError, FileError
-    "Read a file of torch.save, of either layout, without running anything."
+# %% ../nbs/06_reader.ipynb #367d7cd4
+def read_torch(path,               # a file of torch.save, of either layout
+               keep: bool = False,   # leave tensors in the file, to be read when they are looked at
+              ):                     # plain values and tensors; raises UnsafeFileError, FileError
+    "Read a file of torch.save without running anything."
     path = Path(path)
     if not path.is_file(): raise FileError(f"{path}: no such file")
-    with open(path, "rb") as f: head = f.read(4)
-    return read_zip(path, str(path)) if head == b"PK\x03\x04" else read_legacy(path.read_bytes(), str(path))
+    memory = map_file(path)
+    if memory[:4] == b"PK\x03\x04": return read_zip(path, str(path), keep)
+    return read_legacy(memory, str(path), memory if keep else None)
