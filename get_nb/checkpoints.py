@@ -7,7 +7,7 @@ __all__ = ['PERSISTENT', 'MODULE_DICT', 'KINDS', 'finite_tensors', 'find_preset'
            'module_tensors', 'teacher_arguments', 'load_edm_pickle', 'numbered', 'pair_files', 'is_images',
            'read_pair_files', 'class_of', 'pairs_shard', 'import_reference_pairs', 'recognise', 'import_file']
 
-# %% ../nbs/24_checkpoints.ipynb #5b28fbcc
+# %% ../nbs/24_checkpoints.ipynb #1b2fc405
 import re
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from .files import FileError, fit_weights, load_checkpoint, save_checkpoint, sav
 from .models import MODELS, create_model
 from .pairs import finished
 from .reader import MAGIC, Node, read_pickle, read_torch, resolve
-from .unet import create_teacher
+from .unet import create_teacher, load_diffusers
 
 # %% ../nbs/24_checkpoints.ipynb #d4b0c17a
 def finite_tensors(state, path) -> dict:  # name -> tensor; raises FileError
@@ -145,10 +145,10 @@ def pairs_shard(latent: Path, image: Path, start: int, size: int) -> dict:  # te
         if not v.isfinite().all(): raise FileError(f"{path}: holds values that are not numbers (NaN or infinity)")
     return out
 
-# %% ../nbs/24_checkpoints.ipynb #5051209a
+# %% ../nbs/24_checkpoints.ipynb #3b910750
 def import_reference_pairs(src,                      # folder with latent/ and image/
                            folder,                   # where our shards and manifest go; an unfinished import there is gone on with
-                           shard_size: int = 2500,   # pairs per file of ours: what memory holds at a time
+                           shard_size: int = 1250,   # pairs per file of ours: what memory holds at a time (CIFAR-10, float64: 46 MB)
                           ) -> dict:                 # the manifest; raises UnsafeFileError, FileError
     "Copy released pairs into our format, bit for bit: images float64 where they are, labels as classes."
     folder, files, shards, same = Path(folder), pair_files(src), [], None
@@ -165,13 +165,14 @@ def import_reference_pairs(src,                      # folder with latent/ and i
     write_json(folder / "manifest.json", manifest)
     return manifest
 
-# %% ../nbs/24_checkpoints.ipynb #bb7a9b33
-def recognise(path) -> str:  # "pairs", "get", "edm"; raises FileError
+# %% ../nbs/24_checkpoints.ipynb #349b3fbe
+def recognise(path) -> str:  # "pairs", "diffusers", "get", "edm"; raises FileError
     "Which of the supported layouts a path is."
     path = Path(path)
     if path.is_dir():
         if (path / "latent").is_dir() and (path / "image").is_dir(): return "pairs"
-        raise FileError(f"{path}: a folder, but not of released pairs: it needs latent/ and image/")
+        if any((path / p).is_file() for p in ("model_index.json", "unet/config.json")): return "diffusers"
+        raise FileError(f"{path}: a folder, but neither of released pairs (latent/, image/) nor a diffusers pipeline (unet/, scheduler/)")
     if not path.is_file(): raise FileError(f"{path}: no such file")
     with open(path, "rb") as f: head = f.read(64)
     if head[:4] == b"PK\x03\x04" or MAGIC.to_bytes(10, "little") in head: return "get"
@@ -179,8 +180,8 @@ def recognise(path) -> str:  # "pairs", "get", "edm"; raises FileError
     ours = head[8:9] == b"{"
     raise FileError(f"{path}: {'already a safetensors file: nothing to import' if ours else 'neither a released GET (.pth), an EDM pickle (.pkl) nor a folder of released pairs'}")
 
-# %% ../nbs/24_checkpoints.ipynb #1f505a0a
-def import_file(path,          # a released GET, an EDM pickle, or a folder of released pairs
+# %% ../nbs/24_checkpoints.ipynb #f2f3f070
+def import_file(path,          # a released GET, an EDM pickle, a folder of released pairs, or a diffusers pipeline
                 out=None,      # where to; None: its name, in the working directory
                ) -> str:       # what was made, in one line; raises UnsafeFileError, FileError, ConfigError
     "Recognise a released file and write it in our format."
@@ -192,6 +193,6 @@ def import_file(path,          # a released GET, an EDM pickle, or a folder of r
         return f"{out}: {recipe['n']:,} pairs of shape {tuple(recipe['shape'])}, {recipe['num_classes'] or 'no'} classes, images {recipe['dtype'].removeprefix('torch.')}"
     if out.suffix != ".safetensors": raise ConfigError(f"--out {out}: weights are written as .safetensors")
     if out.exists(): raise ConfigError(f"{out}: is there already; name another file with --out")
-    model = load_reference_get(path) if kind == "get" else load_edm_pickle(path)
-    save_checkpoint(out, model, imported=path.name, sha256=sha256_file(path))
+    model = dict(get=load_reference_get, edm=load_edm_pickle, diffusers=load_diffusers)[kind](path)
+    save_checkpoint(out, model, imported=path.resolve().name, sha256=sha256_file(path) if path.is_file() else None)
     return f"{out}: {model.config['name']}, {model.config['num_classes'] or 'no'} classes, {sum(p.numel() for p in model.parameters()):,} parameters"
