@@ -257,7 +257,7 @@ def resolve(tree, where: str, storages: dict):  # -> the same tree with tensors 
         v.args, v.state, v.items = go(v.args), go(v.state), go(v.items)
         return carry_out(v, where)
     out = go(tree)
-    del go                  # it refers to itself, and would keep every tensor alive until the next garbage collection
+    go = None               # it refers to itself, and would keep every tensor alive until the next garbage collection
     return out
 
 # %% ../nbs/06_reader.ipynb #cb8e8d92

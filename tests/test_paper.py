@@ -9,14 +9,14 @@ import yaml
 
 import released
 from conftest import ROOT, get_nb
-from get_nb import pipeline, stages
+from get_nb import evaluate, pipeline, stages
 from get_nb.core import seed_everything
 from get_nb.unet import create_teacher
 
 PAPER = yaml.safe_load((ROOT / "nbs/paper/profiles/paper.yaml").read_text())
 SMALL = dict(
     classifier=dict(steps=3, batch_size=32, floor_splits=1), pairs=dict(n=16, num_steps=2, shard_size=8, batch_size=8), import_teacher=dict(num_steps=2),
-    student=dict(steps=2, batch_size=4, n_iter=2, checkpoint_every=1), evaluate=dict(samples=40, num_steps=2, sweep=[]))
+    student=dict(steps=2, batch_size=4, n_iter=2, checkpoint_every=1), evaluate=dict(samples=30, num_steps=2, sweep=[]))
 
 
 def run_here(stage, parameters, folder, label, cwd):
@@ -56,14 +56,17 @@ def paper(tmp_path_factory):
     for name, n in (("teacher_cond", 10), ("teacher_uncond", 0)):
         seed_everything(0, name)
         kind = "cond" if n else "uncond"
-        released.write_edm(tmp / f"data/{name}.pkl", create_teacher(f"edm-cifar10-32x32-{kind}-vp", num_classes=n, base=8, mult=(1,), blocks=1, attention=(), dropout=0.))
+        released.write_edm(tmp / f"data/{name}.pkl", create_teacher(f"edm-cifar10-32x32-{kind}-vp", num_classes=n, base=8, mult=(1, 1, 1), blocks=1, attention=(), dropout=0.))
     released.write_pairs(tmp / "data/pairs", ["11", "7", "103"], 8, 0, (3, 32, 32))
     small_profile(tmp / "paper.yaml", tmp / "data")
+    measure = getattr(evaluate, "ms_per_image", None)
     with pytest.MonkeyPatch.context() as m:
         m.setenv("GET_NB_DATA", str(tmp / "data"))
         m.setenv("GET_NB_PROGRESS", "off")
         m.setenv("MPLBACKEND", "Agg")
         m.setattr(pipeline, "execute", run_here)
+        if hasattr(evaluate, "ms_per_image"):                # few images to time
+            m.setattr(evaluate, "ms_per_image", lambda model, conditional=True, **how: measure(model, 4, 1, conditional, **how))
         m.setattr(stages, "code_hashes", functools.lru_cache(None)(stages.code_hashes))
         threads = torch.get_num_threads()
         folder = pipeline.run_profile(ROOT, str(tmp / "paper.yaml"), runs=tmp / "runs")
