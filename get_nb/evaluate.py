@@ -77,15 +77,15 @@ def cost(model, conditional: bool = True, **how) -> dict:  # evaluations, gmac p
     evaluations = num_evaluations(how.get("num_steps", 18), how.get("sampler", "heun")) if isinstance(model, EDMPrecond) else 1
     return dict(evaluations=evaluations, gmac=total / 2 / 2 / 1e9, parameters=sum(p.numel() for p in model.parameters()))
 
-# %% ../nbs/32_evaluate.ipynb #63762844
+# %% ../nbs/32_evaluate.ipynb #9ef10cd4
 def training_cost(model, cfg: DistillConfig, batch_size: int = 8) -> dict:  # gflop and activation_mb per image and step
     "Counted cost of one distillation step, per image of the batch."
     e, y = draw_noise(range(batch_size), (model.config["channels"],) + (model.config["image_size"],) * 2, model.config["num_classes"])
     device, y = next(model.parameters()).device, y if model.config["num_classes"] else None
     step = lambda: distill_loss(model, e.to(device), y if y is None else y.to(device), torch.zeros_like(e, device=device), cfg)
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}      # identity of a storage, on the meta device too
     def keep(t):
-        if t.untyped_storage().data_ptr() not in own: kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        if t.untyped_storage()._cdata not in own: kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): loss = step()
     total = flops(lambda: step().backward()); model.zero_grad()

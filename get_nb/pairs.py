@@ -121,7 +121,7 @@ def read_manifest(folder) -> dict:  # raises FileError
     if manifest.get("kind") != "pairs" or manifest.get("schema") != 1: raise FileError(f"{path}: not a manifest of pairs of schema 1")
     return manifest
 
-# %% ../nbs/13_pairs.ipynb #bd934023
+# %% ../nbs/13_pairs.ipynb #dfa85692
 class PairDataset:
     "Pairs of a folder, by index; `batch` takes many at once."
     def __init__(self, folder, verify: bool = True):  # raises FileError
@@ -138,11 +138,12 @@ class PairDataset:
     def __len__(self): return int(self.ends[-1])
     def __getitem__(self, i): return {k: v[0] for k, v in self.batch([i]).items()}
 
-    def batch(self, index):  # int (B,); raises IndexError -> dict of tensors: noise, image (B, C, H, W) float32, label int64 (B,)
+    def batch(self, index):  # int (B,); raises IndexError -> dict of tensors: noise, image (B, C, H, W) as stored (ours: float32), label int64 (B,)
         index = np.asarray(index); index = np.where(index < 0, index + len(self), index)
         if ((index < 0) | (index >= len(self))).any(): raise IndexError(f"pair {index.min()} or {index.max()} is outside of 0..{len(self) - 1}")
         shard = np.searchsorted(self.ends, index, side="right")
-        out = {k: np.empty((len(index), *shape), t) for k, shape, t in (("noise", self.shape, np.float32), ("image", self.shape, np.float32), ("label", (), np.int64), ("seed", (), np.int64))}
+        first = {"noise": np.empty((0, *self.shape), np.float32)} | self.maps[0]
+        out = {k: np.empty((len(index), *v.shape[1:]), v.dtype) for k, v in first.items()}
         for s in np.unique(shard):
             at, m = shard == s, self.maps[s]
             for k in out.keys() & m.keys(): out[k][at] = m[k][index[at] - (self.ends[s - 1] if s else 0)]

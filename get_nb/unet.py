@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['RELEASED', 'TEACHERS', 'outer_filter', 'resample', 'scaled_init', 'Conv', 'PositionalEmbedding', 'FourierEmbedding',
-           'group_norm', 'Block', 'UNetConfig', 'encoder', 'decoder', 'UNet', 'create_teacher']
+           'group_norm', 'Block', 'UNetConfig', 'encoder', 'decoder', 'UNet', 'create_teacher', 'DiffusersPrecond',
+           'create_diffusers_teacher', 'load_diffusers']
 
-# %% ../nbs/11_unet.ipynb #76ac6599
-import math
+# %% ../nbs/11_unet.ipynb #a0a56b59
+import json, math
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .core import ConfigError, Fraction, Ints, build_config, config, nearest
+from .files import FileError
 from .precond import EDMPrecond
 
 # %% ../nbs/11_unet.ipynb #ceb70ba5
@@ -198,3 +201,63 @@ def create_teacher(name: str,             # a key of TEACHERS
     teacher = EDMPrecond(UNet(cfg, image_size, channels, num_classes), cfg.sigma_data, num_classes).to(memory_format=torch.channels_last)     # faster convolutions, same numbers
     teacher.config = dict(builder="teacher", name=name, num_classes=num_classes, image_size=image_size, channels=channels, **overrides)
     return teacher
+
+# %% ../nbs/11_unet.ipynb #f7477753
+class DiffusersPrecond(EDMPrecond):
+    "A diffusers UNet2DModel made into a denoiser D(x; sigma, labels)."
+    def __init__(self, model, alphas_cumprod, prediction: str, num_classes: int = 0):
+        super().__init__(model, 1., num_classes)
+        self.prediction = prediction
+        self.register_buffer("log_sigmas", ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).log().div(2))     # rising
+
+    def time(self, sigma):  # (B,) -> fractional time step (B,)
+        "Where in the training schedule a noise level lies."
+        s, log = self.log_sigmas, sigma.double().log()
+        i = torch.searchsorted(s, log).clamp(1, len(s) - 1)
+        return (i - 1 + (log - s[i - 1]) / (s[i] - s[i - 1])).clamp(0, len(s) - 1).float()
+
+    def forward(self, x, sigma, labels=None, augment=None):
+        x = x.float(); sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        if self.num_classes and labels is None: raise ConfigError("this teacher is class-conditional and has no class for 'none': pass labels")
+        scale = (1 + sigma**2).sqrt()
+        F_x = self.model(x / scale, self.time(sigma.flatten()).expand(len(x)), labels if self.num_classes else None).sample
+        if self.prediction == "sample": return F_x
+        return x - sigma * F_x if self.prediction == "epsilon" else x / scale**2 - sigma / scale * F_x
+
+# %% ../nbs/11_unet.ipynb #47a84c4a
+def create_diffusers_teacher(name: str = "diffusers",
+                             *, unet: dict,         # configuration of a UNet2DModel
+                             scheduler: dict,       # configuration of its training schedule
+                             num_classes: int = 0, image_size: int, channels: int):  # -> DiffusersPrecond; raises ConfigError
+    "A denoiser around a diffusers UNet2DModel with fresh weights."
+    try: from diffusers import DDPMScheduler, UNet2DModel
+    except ImportError: raise ConfigError("a teacher from diffusers needs that library: pip install 'get_nb[diffusers]'") from None
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    schedule, prediction = DDPMScheduler(**{k: scheduler[k] for k in keys if k in scheduler}), scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction", "sample"): raise ConfigError(f"scheduler: prediction_type {prediction!r}{nearest(prediction, ['epsilon', 'v_prediction', 'sample'])}")
+    if schedule.alphas_cumprod[-1] <= 0: raise ConfigError("scheduler: its last step is pure noise (zero SNR), which has no finite noise level")
+    teacher = DiffusersPrecond(UNet2DModel(**{k: v for k, v in unet.items() if not k.startswith("_")}), schedule.alphas_cumprod, prediction, num_classes)
+    teacher.config = dict(builder="diffusers", name=name, unet=unet, scheduler=scheduler, num_classes=num_classes, image_size=image_size, channels=channels)
+    return teacher
+
+# %% ../nbs/11_unet.ipynb #138b39f2
+def load_diffusers(folder):  # -> denoiser in eval mode; raises FileError, ConfigError
+    "A teacher from a saved diffusers pipeline: unet/ with safetensors weights, scheduler/. No class that the folder names is looked up."
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    folder, config = Path(folder), {}
+    for part, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
+        path = next((p for p in (folder / part / file, folder / file) if p.is_file()), None)
+        if path is None: raise FileError(f"{folder}: not a diffusers pipeline: it has no {part}/{file}")
+        try: config[part] = json.loads(path.read_text()); config[part].items()
+        except (ValueError, AttributeError) as e: raise FileError(f"{path}: not a json object ({e})") from None
+    u = config["unet"]; kind, weights = u.get("_class_name"), next((p for p in (folder / "unet/diffusion_pytorch_model.safetensors", folder / "diffusion_pytorch_model.safetensors") if p.is_file()), None)
+    if kind != "UNet2DModel": raise FileError(f"{folder}: its network is {kind!r}; only UNet2DModel is supported")
+    if weights is None: raise FileError(f"{folder}: has no diffusion_pytorch_model.safetensors; other weight files are pickles: save it again with safe_serialization=True")
+    try:
+        teacher = create_diffusers_teacher(unet=u, scheduler=config["scheduler"], num_classes=u.get("num_class_embeds") or 0, image_size=u["sample_size"], channels=u["in_channels"])
+        missing = teacher.model.load_state_dict(load_file(weights), strict=False)
+    except ConfigError: raise
+    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, OSError) as e: raise FileError(f"{folder}: cannot be used ({' '.join(str(e).split())[:200]})") from None
+    if missing.missing_keys or missing.unexpected_keys: raise FileError(f"{weights}: lacks {missing.missing_keys[:1]} or has surplus {missing.unexpected_keys[:1]}: made for another network")
+    return teacher.eval()
