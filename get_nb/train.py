@@ -7,7 +7,7 @@ __all__ = ['OPERATION', 'TrainConfig', 'learning_rate', 'epoch_order', 'batch_in
            'Alone', 'join_processes', 'Loss', 'compiled', 'TrainingError', 'Run', 'make_optimizer', 'start_run',
            'flatten_state', 'restore_state', 'checkpoints', 'last_good', 'code_digest', 'save_state', 'find_state',
            'load_state', 'train_step', 'is_bad', 'settle', 'Stopped', 'on_sigterm', 'roll_back', 'advance', 'loop',
-           'report', 'leave', 'train']
+           'report', 'train']
 
 # %% ../nbs/03_train.ipynb #9855a0a5
 import copy, hashlib, json, math, os, signal, sys, threading, time
@@ -278,9 +278,9 @@ def train_step(run: Run, stop: bool = False):  # does this process want to stop?
     total, wish = p.reduce(torch.stack([total, total.new_tensor(float(stop))]), "sum") if p.num_processes > 1 else (total, stop)
     return total, norm, wish
 
-# %% ../nbs/03_train.ipynb #26424976
+# %% ../nbs/03_train.ipynb #a3ee3fb6
 def is_bad(run: Run, loss: float, norm: float) -> bool:
-    "Is the loss no longer a number, or has it exploded? (An infinite gradient is ordinary in fp16: the scaler leaves that step out.)"
+    "Is the loss no longer a number, or has it exploded? (An infinite gradient is ordinary in fp16: the scaler leaves it out.)"
     top = max(run.curve["loss"], default=math.inf)
     return not math.isfinite(loss + (0. if run.scaler.is_enabled() else norm)) or bool(run.cfg.explode) and loss > run.cfg.explode * top
 
@@ -294,11 +294,12 @@ def settle(run: Run, pending: list):  # of (step, loss, norm) on the device; -> 
             run.curve["step"].append(step + 1); run.curve["loss"].append(sum(run.window) / len(run.window))
             run.window.clear()
 
-# %% ../nbs/03_train.ipynb #c1173228
+# %% ../nbs/03_train.ipynb #19aaf73c
 class Stopped(SystemExit):
     "Training was asked to stop and did, after a checkpoint. Exit code 143, that of SIGTERM."
-    def __init__(self, message): super().__init__(143); self.message = message
-    def __str__(self): return self.message
+    def __init__(self, message):
+        super().__init__(143)
+        if is_main(): print(message, file=sys.stderr)
 
 @contextmanager
 def on_sigterm():  # yields a list that is no longer empty once SIGTERM has come
@@ -329,7 +330,7 @@ def advance(run: Run, stop: bool):
     run.step += 1
     return (None, 0) if left_out else ((run.step - 1, loss, norm), wish)
 
-# %% ../nbs/03_train.ipynb #ec96eb04
+# %% ../nbs/03_train.ipynb #34df14d9
 def loop(run: Run, watch, asked: list):
     "Steps, and what happens between them."
     cfg, pending, began = run.cfg, [], time.time() - run.seconds
@@ -349,20 +350,13 @@ def loop(run: Run, watch, asked: list):
             run.seconds = time.time() - began
             if len(run.curve["step"]) > points or run.step == cfg.steps: report(run, watch, bar)
             if run.folder and (at(cfg.checkpoint_every) or wish): save_state(run)
-            if wish and run.step < cfg.steps: leave(run)
+            if wish and run.step < cfg.steps: raise Stopped(f"{run.desc}: asked to stop (SIGTERM), stopped after step {run.step}; {last_good(run.folder)}. Run again to go on")
 
 def report(run: Run, watch, bar):
     "Show the newest point of the curve, and let the caller look."
     if run.curve["loss"]: bar.set_postfix_str(f"loss {run.curve['loss'][-1]:.4g}", refresh=False)
     seen = watch(run) if watch and is_main() else None
     if seen: run.curve["watch"].append(dict(step=run.step, **{k: float(v) for k, v in seen.items()}))
-
-# %% ../nbs/03_train.ipynb #2cd11474
-def leave(run: Run):  # raises Stopped
-    "Say where the run can be taken up again, and go."
-    message = f"{run.desc}: asked to stop (SIGTERM), stopped after step {run.step}; {last_good(run.folder)}. Run again to go on"
-    if is_main(): print(message, file=sys.stderr)
-    raise Stopped(message)
 
 # %% ../nbs/03_train.ipynb #06f6759c
 def train(model,                  # nn.Module; trained in place
