@@ -19,6 +19,6 @@ setup(
     packages=find_packages(include=["get_nb", "get_nb.*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "tensorboard": cfg["tensorboard_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

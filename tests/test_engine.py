@@ -1,6 +1,6 @@
 """The training engine: exact resume, several processes, precision, faults."""
 import contextlib
-import json
+import multiprocessing
 import os
 import random
 import resource
@@ -28,8 +28,19 @@ def start(folder, *args, processes=1, what="train"):
     return subprocess.Popen([sys.executable, *launcher, "-m", "toy", what, str(folder), *args], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def result(folder):
-    return torch.load(folder / "ema.pt"), json.loads((folder / "history.json").read_text())
+def fork(function, *args, **kw):
+    "Run a function in a fork of this process, which has torch imported already."
+    process = multiprocessing.get_context("fork").Process(target=lambda: (torch.set_num_threads(1), function(*args, **kw)))
+    process.start()
+    return process
+
+
+def crash(at):
+    "A watcher that ends the run with an exception at a step."
+    def watch(run):
+        if run.step == at:
+            raise ZeroDivisionError
+    return watch
 
 
 def equal(a, b):
@@ -77,16 +88,16 @@ def test_a_worker_that_dies_ends_the_job_with_the_reason_and_a_restart_goes_on(a
 
 
 def test_three_kills_at_random_moments_change_no_bit(alone, tmp_path):
-    rng = random.Random(0)
+    rng, newest = random.Random(0), lambda: max([int(p.stem[5:]) for p in checkpoints(tmp_path)], default=0)
     for _ in range(3):
-        process, wanted = start(tmp_path, "pause=0.02"), len(checkpoints(tmp_path / "state")) and int(checkpoints(tmp_path / "state")[0].stem[5:])
-        while process.poll() is None and not any(int(p.stem[5:]) > wanted for p in checkpoints(tmp_path / "state")):
-            time.sleep(.01)
-        time.sleep(rng.uniform(0, .2))
+        before, process = newest(), fork(toy.fit, tmp_path, pause=.02)
+        while process.is_alive() and newest() == before:
+            time.sleep(.005)
+        time.sleep(rng.uniform(0, .15))
         process.kill()
-        process.communicate()
-    ema, history = toy.fit(tmp_path / "state")
-    assert equal(ema.parameters(), alone[0]) and history["loss"] == alone[1]["loss"] and len(history["resumed_at"]) >= 2
+        process.join()
+    ema, history = toy.fit(tmp_path)
+    assert equal(ema.parameters(), alone[0]) and history["loss"] == alone[1]["loss"] and history["resumed_at"]
 
 
 def test_sigterm_leaves_a_checkpoint_of_the_very_step_and_code_143(alone, tmp_path):
@@ -102,7 +113,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_very_step_and_code_143(alone, tmp_pa
 
 def test_what_only_says_how_may_change_on_resume_and_what_says_what_may_not(alone, tmp_path):
     with pytest.raises(ZeroDivisionError):
-        toy.fit(tmp_path, watch=lambda run: run.step < 25 or 1 / 0)
+        toy.fit(tmp_path, watch=crash(25))
     with pytest.raises(FileError, match="made with lr = 0.003, now 0.001"):
         toy.fit(tmp_path, lr=1e-3)
     ema, _ = toy.fit(tmp_path, accumulate=4, checkpoint_every=7, keep=3)
@@ -150,7 +161,7 @@ def test_a_nan_is_skipped_when_asked_and_what_follows_does_not_depend_on_interru
     a, history = toy.fit(tmp_path / "a", poison=25, on_bad="skip")
     assert history["skipped"] == [25] and len(history["loss"]) == 49
     with pytest.raises(ZeroDivisionError):
-        toy.fit(tmp_path / "b", poison=25, on_bad="skip", watch=lambda run: run.step < 44 or 1 / 0)
+        toy.fit(tmp_path / "b", poison=25, on_bad="skip", watch=crash(44))
     b, history = toy.fit(tmp_path / "b", poison=25, on_bad="skip")
     assert history["skipped"] == [25] and history["resumed_at"] == [40] and equal(a.parameters(), b.parameters())
     with pytest.raises(ConfigError, match="needs a state_dir"):
@@ -161,7 +172,7 @@ def test_a_nan_is_skipped_when_asked_and_what_follows_does_not_depend_on_interru
 def test_low_precision_trains_resumes_exactly_and_ends_near_float32(alone, tmp_path, precision):
     once, history = toy.fit(None, precision=precision)
     with pytest.raises(ZeroDivisionError):
-        toy.fit(tmp_path, precision=precision, watch=lambda run: run.step < 25 or 1 / 0)
+        toy.fit(tmp_path, precision=precision, watch=crash(25))
     assert equal(toy.fit(tmp_path, precision=precision)[0].parameters(), once.parameters())
     assert history["loss"][-1] == pytest.approx(alone[1]["loss"][-1], rel=.05) and history["loss"] != alone[1]["loss"]
 
@@ -176,3 +187,19 @@ def test_shares_cover_a_batch_once_in_order():
                     continue
                 parts = [list(range(batch))[s] for r in range(world) for s in shares(batch, r, world, accumulate)]
                 assert sum(parts, []) == list(range(batch)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_tensorboard_log_holds_each_point_of_the_curve_once_also_after_a_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from get_nb.launch import Watcher
+    look = lambda ema, step: dict(weight=next(ema.parameters()).norm(), grid=torch.zeros(4, 6, dtype=torch.uint8).numpy())
+    with pytest.raises(ZeroDivisionError):
+        end, watcher = crash(37), Watcher(look, 10, tmp_path / "pictures", tmp_path / "board")
+        toy.fit(tmp_path / "state", log_every=5, watch=lambda run: watcher(run) if run.step != 35 else end(run) or 1 / 0)
+    _, history = toy.fit(tmp_path / "state", log_every=5, watch=Watcher(look, 10, tmp_path / "pictures", tmp_path / "board"))
+    log = EventAccumulator(str(tmp_path / "board"))
+    log.Reload()
+    assert [(e.step, pytest.approx(e.value, rel=1e-5)) for e in log.Scalars("loss")] == list(zip(history["step"], history["loss"]))
+    assert {"lr", "weight"} <= set(log.Tags()["scalars"]) and "grid" in log.Tags()["images"]
+    assert (tmp_path / "pictures/grid-00000050.png").is_file()

@@ -58,7 +58,4 @@ if __name__ == "__main__":
     if what == "pairs":
         make(folder, **change)
     else:
-        ema, history = fit(Path(folder) / "state", **change)
-        if os.environ.get("RANK", "0") == "0":
-            torch.save([p.detach() for p in ema.parameters()], Path(folder) / "ema.pt")
-            (Path(folder) / "history.json").write_text(json.dumps({k: history[k] for k in ("loss", "resumed_at", "skipped")}))
+        fit(Path(folder) / "state", **change)
