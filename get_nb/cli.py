@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Commands', 'cli', 'main', 'options', 'reproduce', 'list_stages', 'show_price', 'stages', 'publish', 'sample',
            'evaluate', 'import_', 'installed', 'package_lines', 'machine_lines', 'file_lines', 'weights_lines',
-           'doctor']
+           'doctor', 'pairs', 'info', 'verify', 'merge']
 
 # %% ../nbs/51_cli.ipynb #8b4759c9
 import importlib.util, json, os, re, shutil, sys
@@ -221,3 +221,31 @@ def doctor(root):
     lines += weights_lines()
     for ok, required, text in lines: click.echo(f"{'ok     ' if ok else 'MISSING' if required else '-      '} {text}")
     sys.exit(0 if all(ok for ok, required, _ in lines if required) else 1)
+
+# %% ../nbs/51_cli.ipynb #bb69b825
+@cli.group(cls=Commands)
+def pairs(): "Look at, check or join folders of pairs."
+
+@pairs.command()
+@click.argument("folder", type=click.Path())
+def info(folder):
+    "What a folder of pairs holds, as json."
+    from get_nb.pairs import pairs_info
+    click.echo(json.dumps(pairs_info(folder), indent=1))
+
+@pairs.command()
+@click.argument("folder", type=click.Path())
+def verify(folder):
+    "Hash every shard again and compare with the manifest."
+    from get_nb.pairs import read_manifest, verify_pairs
+    wrong = verify_pairs(folder, afresh=True)
+    if wrong: raise FileError(f"{len(wrong)} of {len(read_manifest(folder)['shards'])} shards are wrong: {'; '.join(wrong)}")
+    click.echo(f"{folder}: {len(read_manifest(folder)['shards'])} shards, all whole")
+
+@pairs.command()
+@click.argument("target", type=click.Path())
+@click.argument("folders", nargs=-1, required=True, type=click.Path())
+def merge(target, folders):
+    "Join FOLDERS, of one recipe and different seeds, in the new folder TARGET."
+    from get_nb.pairs import merge_pairs
+    click.echo(f"{target}: {merge_pairs(folders, target)['recipe']['n']} pairs in {len(list(Path(target).glob('pairs-*')))} shards")

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'PACKAGES', 'COLORS', 'ConfigError', 'nearest', 'config', 'explain',
-           'build_config', 'seed_of', 'rng', 'torch_rng', 'seed_everything', 'setup', 'autocast', 'find_root',
-           'FileBar', 'progress', 'cpu_name', 'provenance', 'in_clone', 'save_record', 'read_record', 'cell', 'Column',
-           'show_cell', 'table_markdown', 'save_table', 'figure_style', 'save_figure', 'image_grid', 'to_uint8']
+           'build_config', 'seed_of', 'rng', 'torch_rng', 'seed_everything', 'setup', 'autocast', 'is_main',
+           'find_root', 'FileBar', 'progress', 'cpu_name', 'provenance', 'in_clone', 'save_record', 'read_record',
+           'cell', 'Column', 'show_cell', 'table_markdown', 'save_table', 'figure_style', 'save_figure', 'image_grid',
+           'to_uint8']
 
 # %% ../nbs/00_core.ipynb #8a2a2c99
 import difflib, hashlib, json, os, platform, re, statistics, sys
@@ -86,8 +87,8 @@ def seed_everything(*names):
     import torch
     torch.manual_seed(seed_of(*names)); np.random.seed(seed_of(*names) % 2**32)
 
-# %% ../nbs/00_core.ipynb #c7271785
-Precision = Literal["float32", "bf16"]      # of a forward pass
+# %% ../nbs/00_core.ipynb #786358d7
+Precision = Literal["float32", "bf16", "fp16"]      # of a forward pass
 
 def setup(device: str = "auto",           # "auto", "cpu", "cuda", "cuda:1", ...
           threads: int = 0,               # CPU threads; 0 leaves torch's choice
@@ -98,16 +99,24 @@ def setup(device: str = "auto",           # "auto", "cpu", "cuda", "cuda:1", ...
     if threads: torch.set_num_threads(threads)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device): raise ConfigError(f"device {device!r}{nearest(device, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
     if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ: device = f"cuda:{os.environ['LOCAL_RANK']}"      # one of several processes
     if device.startswith("cuda") and not torch.cuda.is_available(): raise ConfigError(f"device {device!r}: no GPU is visible; use 'cpu' or 'auto'")
+    if device.startswith("cuda:"): torch.cuda.set_device(device)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     return torch.device(device)
 
-# %% ../nbs/00_core.ipynb #f395249e
+# %% ../nbs/00_core.ipynb #89569fde
 def autocast(precision: Precision, device):
-    "Context in which the forward pass runs: nothing for float32, autocast for bf16."
+    "Context in which the forward pass runs: nothing for float32, autocast for the others."
     import torch
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=precision != "float32")
+
+# %% ../nbs/00_core.ipynb #04e27bf7
+def is_main() -> bool:
+    "Is this the main process, or the only one?"
+    return os.environ.get("RANK", "0") == "0"
 
 # %% ../nbs/00_core.ipynb #53799892
 def find_root(start=None) -> Path:  # folder of the clone; raises ConfigError when there is none
@@ -125,7 +134,7 @@ class FileBar(tqdm):
         state = dict(desc=self.desc, n=d["n"], total=d["total"], rate=d["rate"], elapsed=d["elapsed"], note=d["postfix"])
         path.with_suffix(".tmp").write_text(json.dumps(state)); os.replace(path.with_suffix(".tmp"), path)
 
-# %% ../nbs/00_core.ipynb #0916d4bc
+# %% ../nbs/00_core.ipynb #ea70fae5
 def progress(iterable=None,     # what to go through, or None to call `.update` by hand
              total: int = None, # number of steps
              desc: str = "",    # what is being done
@@ -134,8 +143,8 @@ def progress(iterable=None,     # what to go through, or None to call `.update` 
     "Progress with speed and time left; $GET_NB_PROGRESS names a file to show it in, or 'off'."
     where = os.environ.get("GET_NB_PROGRESS")
     kw = dict(total=total, desc=desc, initial=initial, mininterval=.5)
-    if where and where != "off": return FileBar(iterable, file=open(os.devnull, "w"), **kw)
-    return tqdm(iterable, leave=False, disable=where == "off", **kw)
+    if where and where != "off" and is_main(): return FileBar(iterable, file=open(os.devnull, "w"), **kw)
+    return tqdm(iterable, leave=False, disable=where == "off" or not is_main(), **kw)
 
 # %% ../nbs/00_core.ipynb #59aa2d6c
 PACKAGES = "torch torchvision numpy safetensors torch-fidelity scikit-learn papermill".split()
@@ -154,7 +163,7 @@ def provenance() -> dict:  # {python, packages, hardware}
         hardware.update(threads=torch.get_num_threads(), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
     return dict(python=platform.python_version(), packages={p: metadata.version(p) for p in PACKAGES}, hardware=hardware)
 
-# %% ../nbs/00_core.ipynb #db1e9173
+# %% ../nbs/00_core.ipynb #2d0febbb
 def in_clone(path) -> Path:
     "A relative path that does not exist here is meant from the root of the clone: notebooks are run from their own folder, too."
     path = Path(path)
@@ -167,6 +176,7 @@ def save_record(folder,        # folder of the stage
     "Write record.json and, when arrays are given, record.npz into the stage's folder."
     folder = in_clone(folder); folder.mkdir(parents=True, exist_ok=True)
     record = dict(values, stage=folder.name, provenance=provenance())
+    if not is_main(): return record
     if arrays: np.savez_compressed(folder / "record.npz", **arrays)
     (folder / "record.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record

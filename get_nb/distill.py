@@ -37,7 +37,7 @@ def distill_loss(model,        # GET or ViT
     distance, images = get_loss(cfg.loss), model.unrolled(noise, labels, n_iter=cfg.n_iter)
     return sum(w * distance(x, target) for w, x in zip(correction_weights(len(images), cfg.gamma), images))
 
-# %% ../nbs/31_distill.ipynb #afdb315a
+# %% ../nbs/31_distill.ipynb #af71aa79
 def distill(model,               # GET or ViT, trained in place
             pairs: PairDataset,
             cfg: DistillConfig,
@@ -46,8 +46,8 @@ def distill(model,               # GET or ViT, trained in place
            ):                    # ema model, history
     "Distil the teacher behind `pairs` into `model`."
     device, conditional = next(model.parameters()).device, bool(model.config["num_classes"])
-    def loss_fn(model, step):
-        b = pairs.batch(batch_indices(len(pairs), train_cfg.batch_size, step, train_cfg.seed))
+    def loss_fn(model, step, share):
+        b = pairs.batch(batch_indices(len(pairs), train_cfg.batch_size, step, train_cfg.seed)[share])
         return distill_loss(model, b["noise"].to(device), b["label"].to(device) if conditional else None, b["image"].float().to(device), cfg)
     identity = dict(distill=asdict(cfg), model=model.config, pairs=[s["sha256"] for s in pairs.manifest["shards"]])
     return train(model, loss_fn, train_cfg, state_dir, identity, model.config["name"])

@@ -70,7 +70,7 @@ def jitter(x, g):  # (B, C, H, W), generator -> the same shape
     x = F.pad(x, (1, 1, 1, 1), value=-1.)[..., 1 + dy:x.shape[2] + 1 + dy, 1 + dx:x.shape[3] + 1 + dx]
     return x + .1 * torch.randn(x.shape, generator=g).to(x)
 
-# %% ../nbs/04_metrics.ipynb #178b70c9
+# %% ../nbs/04_metrics.ipynb #ea9d1e1a
 def train_classifier(model: Classifier,
                      data: ImageSet,       # training split
                      cfg: TrainConfig,
@@ -78,9 +78,10 @@ def train_classifier(model: Classifier,
                     ):                     # ema classifier, history
     "Cross-entropy on jittered images."
     device = next(model.parameters()).device
-    def loss_fn(model, step):
+    def loss_fn(model, step, share):
         x, y = data.batch(batch_indices(len(data), cfg.batch_size, step, cfg.seed))
-        return F.cross_entropy(model(jitter(x, torch_rng("jitter", cfg.seed, step)).to(device)), y.to(device))
+        x = jitter(x, torch_rng("jitter", cfg.seed, step))
+        return F.cross_entropy(model(x[share].to(device)), y[share].to(device))
     return train(model, loss_fn, cfg, state_dir, dict(data=data.name, model=model.config), "classifier")
 
 # %% ../nbs/04_metrics.ipynb #1dc3c1a1

@@ -1,0 +1,205 @@
+"""The training engine: exact resume, several processes, precision, faults."""
+import contextlib
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import toy
+from get_nb.core import ConfigError
+from get_nb.files import FileError
+from get_nb.train import OPERATION, Stopped, TrainConfig, TrainingError, checkpoints, shares
+
+HERE = Path(__file__).parent
+ENV = dict(os.environ, OMP_NUM_THREADS="1", GET_NB_PROGRESS="off", PYTHONPATH=os.pathsep.join([str(HERE), *filter(None, sys.path)]))
+
+
+def start(folder, *args, processes=1, what="train"):
+    "Start the toy in a process, or in several under torchrun."
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, "-m", "toy", what, str(folder), *args], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def fork(function, *args, **kw):
+    "Run a function in a fork of this process, which has torch imported already."
+    process = multiprocessing.get_context("fork").Process(target=lambda: (torch.set_num_threads(1), function(*args, **kw)))
+    process.start()
+    return process
+
+
+def crash(at):
+    "A watcher that ends the run with an exception at a step."
+    def watch(run):
+        if run.step == at:
+            raise ZeroDivisionError
+    return watch
+
+
+def equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    ema, history = toy.fit(None)
+    return list(ema.parameters()), history
+
+
+@contextlib.contextmanager
+def full_disk(size):
+    "No file can grow beyond this many bytes: the system's own write error, as on a full disk."
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_two_processes_take_the_steps_of_one_and_one_goes_on_where_two_were_killed(alone, tmp_path):
+    process = start(tmp_path, "pause=0.05", processes=2)      # two processes, stopped in the middle ...
+    while not checkpoints(tmp_path / "state"):
+        time.sleep(.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    stopped_at = int(checkpoints(tmp_path / "state")[0].stem[5:])
+    assert 10 <= stopped_at < 50
+    ema, history = toy.fit(tmp_path / "state")                # ... and one that ends it
+    assert history["resumed_at"] == [stopped_at]
+    assert all(abs(a / b - 1) < 1e-5 for a, b in zip(history["loss"], alone[1]["loss"])) and len(history["loss"]) == 50
+    assert all((p - q).abs().max() < 1e-4 for p, q in zip(ema.parameters(), alone[0]))
+
+
+def test_a_worker_that_dies_ends_the_job_with_the_reason_and_a_restart_goes_on(alone, tmp_path):
+    process = start(tmp_path, "die=25", processes=2)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in said
+    assert int(checkpoints(tmp_path / "state")[0].stem[5:]) == 20
+    ema, history = toy.fit(tmp_path / "state")
+    assert history["resumed_at"] == [20] and all((p - q).abs().max() < 1e-4 for p, q in zip(ema.parameters(), alone[0]))
+
+
+def test_three_kills_at_random_moments_change_no_bit(alone, tmp_path):
+    rng, newest = random.Random(0), lambda: max([int(p.stem[5:]) for p in checkpoints(tmp_path)], default=0)
+    for _ in range(3):
+        before, process = newest(), fork(toy.fit, tmp_path, pause=.02)
+        while process.is_alive() and newest() == before:
+            time.sleep(.005)
+        time.sleep(rng.uniform(0, .15))
+        process.kill()
+        process.join()
+    ema, history = toy.fit(tmp_path)
+    assert equal(ema.parameters(), alone[0]) and history["loss"] == alone[1]["loss"] and history["resumed_at"]
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_very_step_and_code_143(alone, tmp_path):
+    def terminate(run):
+        if run.step == 33:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Stopped) as stop:
+        toy.fit(tmp_path, watch=terminate)
+    assert stop.value.code == 143 and int(checkpoints(tmp_path)[0].stem[5:]) in (33, 34)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert equal(toy.fit(tmp_path)[0].parameters(), alone[0])
+
+
+def test_what_only_says_how_may_change_on_resume_and_what_says_what_may_not(alone, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        toy.fit(tmp_path, watch=crash(25))
+    with pytest.raises(FileError, match="made with lr = 0.003, now 0.001"):
+        toy.fit(tmp_path, lr=1e-3)
+    ema, _ = toy.fit(tmp_path, accumulate=4, checkpoint_every=7, keep=3)
+    assert all((p - q).abs().max() < 1e-4 for p, q in zip(ema.parameters(), alone[0]))
+    assert [int(p.stem[5:]) for p in checkpoints(tmp_path)] == [50, 49, 42]
+    assert OPERATION < set(TrainConfig.__dataclass_fields__)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_all_damaged_means_from_the_start(alone, tmp_path, capsys):
+    toy.fit(tmp_path)
+    rng = random.Random(0)
+    for _ in range(3):
+        path = checkpoints(tmp_path)[0]
+        bad = bytearray(path.read_bytes())
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad if rng.random() < .7 else bad[:rng.randrange(len(bad))])
+        ema, _ = toy.fit(tmp_path)
+        assert equal(ema.parameters(), alone[0]) and f"{path}: " in capsys.readouterr().err
+    for path in checkpoints(tmp_path):
+        path.write_bytes(b"")
+    ema, history = toy.fit(tmp_path)
+    assert history["resumed_at"] == [] and equal(ema.parameters(), alone[0])
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(alone, tmp_path):
+    def fill(run):
+        if run.step == 25:
+            limit.enter_context(full_disk(2000))
+    with contextlib.ExitStack() as limit, pytest.raises(TrainingError, match=r"checkpoint of step 30 cannot be written .* the last good checkpoint is .*step 20"):
+        toy.fit(tmp_path, watch=fill)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010.safetensors", "step-00000020.safetensors"]
+    assert equal(toy.fit(tmp_path)[0].parameters(), alone[0])
+
+
+def test_a_folder_that_vanishes_is_named(tmp_path):
+    state = tmp_path / "state"
+    with pytest.raises(TrainingError, match="its folder has vanished"):
+        toy.fit(state, watch=lambda run: state.rename(tmp_path / "gone") and None if run.step == 15 else None)
+    assert not state.exists()
+
+
+def test_a_nan_is_skipped_when_asked_and_what_follows_does_not_depend_on_interruption(tmp_path):
+    with pytest.raises(TrainingError, match="loss nan.* at step 25; the last good checkpoint is .*step 20"):
+        toy.fit(tmp_path / "stop", poison=25)
+    a, history = toy.fit(tmp_path / "a", poison=25, on_bad="skip")
+    assert history["skipped"] == [25] and len(history["loss"]) == 49
+    with pytest.raises(ZeroDivisionError):
+        toy.fit(tmp_path / "b", poison=25, on_bad="skip", watch=crash(44))
+    b, history = toy.fit(tmp_path / "b", poison=25, on_bad="skip")
+    assert history["skipped"] == [25] and history["resumed_at"] == [40] and equal(a.parameters(), b.parameters())
+    with pytest.raises(ConfigError, match="needs a state_dir"):
+        toy.fit(None, on_bad="skip")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains_resumes_exactly_and_ends_near_float32(alone, tmp_path, precision):
+    once, history = toy.fit(None, precision=precision)
+    with pytest.raises(ZeroDivisionError):
+        toy.fit(tmp_path, precision=precision, watch=crash(25))
+    assert equal(toy.fit(tmp_path, precision=precision)[0].parameters(), once.parameters())
+    assert history["loss"][-1] == pytest.approx(alone[1]["loss"][-1], rel=.05) and history["loss"] != alone[1]["loss"]
+
+
+def test_shares_cover_a_batch_once_in_order():
+    for batch in (1, 7, 64):
+        for world in (1, 2, 3):
+            for accumulate in (1, 2):
+                if world * accumulate > batch:
+                    with pytest.raises(ConfigError):
+                        shares(batch, 0, world, accumulate)
+                    continue
+                parts = [list(range(batch))[s] for r in range(world) for s in shares(batch, r, world, accumulate)]
+                assert sum(parts, []) == list(range(batch)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_tensorboard_log_holds_each_point_of_the_curve_once_also_after_a_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from get_nb.launch import Watcher
+    look = lambda ema, step: dict(weight=next(ema.parameters()).norm(), grid=torch.zeros(4, 6, dtype=torch.uint8).numpy())
+    with pytest.raises(ZeroDivisionError):
+        end, watcher = crash(37), Watcher(look, 10, tmp_path / "pictures", tmp_path / "board")
+        toy.fit(tmp_path / "state", log_every=5, watch=lambda run: watcher(run) if run.step != 35 else end(run) or 1 / 0)
+    _, history = toy.fit(tmp_path / "state", log_every=5, watch=Watcher(look, 10, tmp_path / "pictures", tmp_path / "board"))
+    log = EventAccumulator(str(tmp_path / "board"))
+    log.Reload()
+    assert [(e.step, pytest.approx(e.value, rel=1e-5)) for e in log.Scalars("loss")] == list(zip(history["step"], history["loss"]))
+    assert {"lr", "weight"} <= set(log.Tags()["scalars"]) and "grid" in log.Tags()["images"]
+    assert (tmp_path / "pictures/grid-00000050.png").is_file()

@@ -1,0 +1,61 @@
+"""A small training and a small set of pairs, for tests that need several processes: python -m toy train|pairs FOLDER [name=value ...]."""
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from get_nb.core import seed_everything, torch_rng
+from get_nb.pairs import PairsConfig, generate_pairs
+from get_nb.train import TrainConfig, batch_indices, train
+
+os.environ.setdefault("GET_NB_PROGRESS", "off")
+CONFIG = dict(steps=50, batch_size=32, lr=3e-3, clip=1., schedule="linear", ema_half_life=300, checkpoint_every=10, log_every=1)
+RECIPE = dict(n=120, num_classes=10, shape=(1, 8, 8), num_steps=3, shard_size=10, batch_size=5, teacher="toy")
+
+
+def fit(folder, pause=0., die=-1, poison=-1, watch=None, **change):
+    "Fit a small network to noisy sines; -> ema, history."
+    seed_everything(0, "init")
+    cfg = TrainConfig(**CONFIG | change)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1))
+
+    def loss_fn(model, step, share):
+        x = torch.randn((1000, 8), generator=torch_rng("x"))[batch_indices(1000, cfg.batch_size, step, cfg.seed)][share]
+        noise = torch.randn((cfg.batch_size, 1), generator=torch_rng("noise", step))[share]
+        time.sleep(pause)
+        if step == die and os.environ.get("RANK") == "1":
+            os.kill(os.getpid(), 9)
+        return ((model(x) - x.sum(1, keepdim=True).sin() + .1 * noise)**2).mean() * (float("nan") if step == poison else 1)
+
+    return train(model, loss_fn, cfg, folder, desc="toy", watch=watch)
+
+
+class Denoiser(torch.nn.Module):
+    "A small conditional denoiser with fixed weights."
+    def __init__(self, pause=0.):
+        super().__init__()
+        seed_everything(0, "denoiser")
+        self.conv, self.pause = torch.nn.Conv2d(1, 1, 3, padding=1), pause
+
+    def forward(self, x, sigma, labels=None):
+        time.sleep(self.pause)
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        return (self.conv(x) + labels.view(-1, 1, 1, 1) / 10) / (1 + sigma**2)
+
+
+def make(folder, pause=0., **change):
+    "Make the toy pairs; -> the manifest."
+    return generate_pairs(Denoiser(pause).eval(), folder, PairsConfig(**RECIPE | change))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, folder, *rest = sys.argv[1:]
+    change = {k: json.loads(v) for k, v in (r.split("=", 1) for r in rest)}
+    if what == "pairs":
+        make(folder, **change)
+    else:
+        fit(Path(folder) / "state", **change)
