@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['PERSISTENT', 'MODULE_DICT', 'KINDS', 'finite_tensors', 'find_preset', 'load_reference_get', 'module_state',
            'module_tensors', 'teacher_arguments', 'load_edm_pickle', 'numbered', 'pair_files', 'is_images',
-           'read_pair_files', 'class_of', 'pairs_shard', 'import_reference_pairs', 'recognise', 'import_file']
+           'read_pair_files', 'class_of', 'pairs_shard', 'imported', 'import_reference_pairs', 'recognise',
+           'import_file']
 
-# %% ../nbs/24_checkpoints.ipynb #1b2fc405
+# %% ../nbs/24_checkpoints.ipynb #77492540
 import re
 from pathlib import Path
 
 import torch
 
 from .core import ConfigError, progress
-from .files import FileError, fit_weights, load_checkpoint, save_checkpoint, save_tensors, sha256_file, write_json  # noqa: F401  (both ways of our own format, under one roof)
+from .files import FileError, fit_weights, load_checkpoint, load_tensors, save_checkpoint, save_tensors, sha256_file, write_json  # noqa: F401  (both ways of our own format, under one roof)
 from .models import MODELS, create_model
-from .pairs import finished
 from .reader import MAGIC, Node, read_pickle, read_torch, resolve
 from .unet import create_teacher, load_diffusers
 
@@ -145,7 +145,18 @@ def pairs_shard(latent: Path, image: Path, start: int, size: int) -> dict:  # te
         if not v.isfinite().all(): raise FileError(f"{path}: holds values that are not numbers (NaN or infinity)")
     return out
 
-# %% ../nbs/24_checkpoints.ipynb #3b910750
+# %% ../nbs/24_checkpoints.ipynb #7cd636ed
+def imported(path: Path, recipe: dict) -> bool:  # raises FileError when it belongs to another import
+    "Is this shard there and whole? A damaged one is reported and made again."
+    if not path.is_file(): return False
+    try: info = load_tensors(path)[1]
+    except FileError as e: print(f"{e}; made again"); return False
+    differs = [k for k in recipe if info["recipe"].get(k) != recipe[k]]
+    if differs:
+        raise FileError(f"{path}: made with {differs[0]} = {info['recipe'].get(differs[0])!r}, now {recipe[differs[0]]!r}; use an empty folder")
+    return True
+
+# %% ../nbs/24_checkpoints.ipynb #fe1df194
 def import_reference_pairs(src,                      # folder with latent/ and image/
                            folder,                   # where our shards and manifest go; an unfinished import there is gone on with
                            shard_size: int = 1250,   # pairs per file of ours: what memory holds at a time (CIFAR-10, float64: 46 MB)
@@ -159,7 +170,7 @@ def import_reference_pairs(src,                      # folder with latent/ and i
         source = dict(source="released pairs", latent=[latent.name, sha256_file(latent)], image=[image.name, sha256_file(image)])
         for start in range(0, len(e), shard_size):
             recipe, path = dict(source, start=start, size=shard_size), folder / f"pairs-{len(shards):05d}.safetensors"
-            if not finished(path, recipe): save_tensors(path, pairs_shard(latent, image, start, shard_size), dict(kind="pairs", recipe=recipe))
+            if not imported(path, recipe): save_tensors(path, pairs_shard(latent, image, start, shard_size), dict(kind="pairs", recipe=recipe))
             shards.append(dict(file=path.name, pairs=min(shard_size, len(e) - start), sha256=sha256_file(path)))
     manifest = dict(kind="pairs", schema=1, recipe=dict(same, n=sum(s["pairs"] for s in shards), source="released pairs"), shards=shards)
     write_json(folder / "manifest.json", manifest)

@@ -137,7 +137,7 @@ def test_more_shards_than_may_be_open_are_read_in_any_order(tmp_path):
     data, order = PairDataset(tmp_path), np.random.default_rng(0).permutation(n)
     batch = data.batch(order)
     assert batch["seed"].tolist() == order.tolist() and torch.equal(batch["noise"], draw_noise(order, (1, 8, 8), 10)[0])
-    assert len([f for f in os.listdir("/proc/self/fd") if "pairs-" in os.path.realpath(f"/proc/self/fd/{f}")]) <= OPEN
+    assert len([f for f in os.listdir("/proc/self/fd") if str(tmp_path) in os.path.realpath(f"/proc/self/fd/{f}")]) <= OPEN
 
 
 def test_the_command_line_informs_verifies_and_merges(whole, tmp_path):
