@@ -235,7 +235,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     done = subprocess.run([sys.executable, "-c", TWICE, tmp_path, tmp_path / "get.safetensors", "--classifier", tmp_path / "c.safetensors", "--n", "230", "--batch", "50", "--device", "cpu"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300, env=dict(os.environ, OMP_NUM_THREADS="1", PORT=str(port), GET_NB_PROGRESS="off"))
+                          cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", PORT=str(port), GET_NB_PROGRESS="off"))
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     for r in (one, two):
