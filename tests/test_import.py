@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import released
-from conftest import get_nb
 from get_nb import checkpoints
 from get_nb.checkpoints import find_preset, import_file, import_reference_pairs, load_edm_pickle, load_reference_get
+from get_nb.cli import main
 from get_nb.core import ConfigError, seed_everything
 from get_nb.data import load_data
 from get_nb.files import FileError, load_checkpoint
@@ -115,32 +115,40 @@ def test_a_released_pth_gives_the_averaged_weights_and_the_class_conditional_vit
             assert back(torch.randn(1, 3, 32, 32), torch.tensor([3])).shape == (1, 3, 32, 32)
 
 
+def command(capsys, *args):
+    "`get-nb import`, in this process; -> exit code, what it said, its lines on stderr."
+    with pytest.raises(SystemExit) as e:
+        main(["import", *map(str, args)])
+    said = capsys.readouterr()
+    return e.value.code, said.out, said.err.splitlines()
+
+
 @pytest.mark.parametrize("precond, network, word", [("VPPrecond", "SongUNet", "VPPrecond"), ("VEPrecond", "SongUNet", "VEPrecond"), ("iDDPMPrecond", "DhariwalUNet", "iDDPMPrecond"), ("EDMPrecond", "DhariwalUNet", "DhariwalUNet")])
-def test_an_edm_network_is_loaded_and_its_relatives_are_refused_in_one_line(precond, network, word, tmp_path):
+def test_an_edm_network_is_loaded_and_its_relatives_are_refused_in_one_line(precond, network, word, tmp_path, capsys):
     seed_everything(0)
     teacher = create_teacher("edm-cifar10-32x32-cond-vp", base=8, mult=(1,), blocks=1, attention=(), num_classes=10)
     back = load_edm_pickle(released.write_edm(tmp_path / "good.pkl", teacher))
     assert all(torch.equal(v, back.state_dict()[k]) for k, v in teacher.state_dict().items())
-    done = get_nb("import", released.write_edm(tmp_path / "other.pkl", teacher, precond, network), "--out", tmp_path / "o.safetensors")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr and "supported" in done.stderr
+    code, _, lines = command(capsys, released.write_edm(tmp_path / "other.pkl", teacher, precond, network), "--out", tmp_path / "o.safetensors")
+    assert code == 2 and len(lines) == 1 and word in lines[0] and "supported" in lines[0]
     assert not list(tmp_path.glob("*o.safe*"))
 
 
-def test_the_command_imports_each_kind_and_leaves_nothing_behind_when_it_cannot(tmp_path):
+def test_the_command_imports_each_kind_and_leaves_nothing_behind_when_it_cannot(tmp_path, capsys):
     made = create_model("GET-digits/2", num_classes=10, image_size=8, channels=1)
     released.write_get(tmp_path / "get.pth", made)
     released.write_pairs(tmp_path / "released", ["9"], 10, 10)
     for source, out in (("get.pth", "get.safetensors"), ("released", "pairs")):
-        done = get_nb("import", tmp_path / source, "--out", tmp_path / out)
-        assert done.returncode == 0 and out in done.stdout, done.stderr
+        code, said, _ = command(capsys, tmp_path / source, "--out", tmp_path / out)
+        assert code == 0 and out in said
     assert load_checkpoint(tmp_path / "get.safetensors").meta["imported"] == "get.pth" and len(PairDataset(tmp_path / "pairs")) == 10
     (tmp_path / "text.pkl").write_text("hello")
     (tmp_path / "bad.pth").write_bytes((tmp_path / "get.pth").read_bytes()[:-100])
     before = sorted(tmp_path.rglob("*"))
     for args, word in ((["text.pkl"], "neither a released GET"), (["bad.pth"], "bad.pth"), (["none.pkl"], "no such file"), (["get.safetensors"], "already"), (["get.pth", "--out", tmp_path / "get.safetensors"], "is there already"),
                        (["get.pth", "--out", tmp_path / "x.pth"], ".safetensors"), (["text.pkl", "--download"], "only cifar10")):
-        done = get_nb("import", tmp_path / args[0], *args[1:])
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and word in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
+        code, _, lines = command(capsys, tmp_path / args[0], *args[1:])
+        assert code == 2 and len(lines) == 1 and word in lines[0], (args, lines)
     assert sorted(tmp_path.rglob("*")) == before
 
 
