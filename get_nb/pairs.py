@@ -109,7 +109,7 @@ def claim(folder: Path, name: str):  # yields: is it ours? raises FileError
     try: yield True
     finally: lock.release()
 
-# %% ../nbs/13_pairs.ipynb #9df30e54
+# %% ../nbs/13_pairs.ipynb #48e52737
 def write_shard(path: Path, tensors: dict, recipe: dict):  # raises FileError
     "Write a shard: whole, or not at all."
     try:
@@ -128,8 +128,8 @@ def make_missing(denoiser, folder: Path, cfg: PairsConfig, bar):
         if not path.is_file():
             with claim(folder, name) as ours:
                 if ours and not path.is_file(): write_shard(path, sample_pairs(denoiser, seeds[name], cfg), recipe_of(cfg))
-        bar.n = sum(len(s) for n, s in seeds.items() if (folder / n).is_file())      # by all workers
-        bar.refresh()
+            bar.n = sum(len(seeds[n]) for n in seeds.keys() & set(os.listdir(folder)))      # by all workers
+            bar.refresh()
 
 # %% ../nbs/13_pairs.ipynb #42dc9c6f
 def shard_digest(path: Path,      # of a shard
@@ -173,7 +173,7 @@ def finish(folder: Path, cfg: PairsConfig):  # -> the manifest, or None while so
         write_json(folder / "manifest.json", manifest)
     return manifest
 
-# %% ../nbs/13_pairs.ipynb #10d11931
+# %% ../nbs/13_pairs.ipynb #a594bdd8
 def generate_pairs(denoiser,          # teacher, eval mode
                    folder,            # of the shards; one that all workers see
                    cfg: PairsConfig,
@@ -183,10 +183,10 @@ def generate_pairs(denoiser,          # teacher, eval mode
     for path in sorted(folder.glob("pairs-*.safetensors")): refuse_other_recipe(path, cfg)
     if cfg.compile: denoiser = torch.compile(denoiser)
     with progress(total=cfg.n, desc="pairs") as bar:
-        while not (manifest := finish(folder, cfg)):
+        while True:
             make_missing(denoiser, folder, cfg, bar)
-            if not all((folder / name).is_file() for name in shard_seeds(cfg)): time.sleep(.2)      # the last ones are being made by others
-    return manifest
+            if manifest := finish(folder, cfg): return manifest
+            time.sleep(.1)      # others are still at it
 
 # %% ../nbs/13_pairs.ipynb #fd70608b
 NUMPY, OPEN = {"F32": np.float32, "F64": np.float64, "I64": np.int64}, 256
@@ -241,7 +241,7 @@ def verify_pairs(folder, afresh: bool = False) -> list:  # hash again what was c
                 del known[path.name]       # only what is good is remembered
     return wrong
 
-# %% ../nbs/13_pairs.ipynb #e979c737
+# %% ../nbs/13_pairs.ipynb #81322a64
 class PairDataset:
     "Pairs of a folder, by index; `batch` takes many at once."
     def __init__(self, folder, verify: bool = True):  # check shards that have not been checked; raises FileError
@@ -250,7 +250,8 @@ class PairDataset:
         wrong = verify_pairs(folder) if verify else []
         if wrong: raise FileError(wrong[0] + (f" ({len(wrong)} shards are wrong)" if len(wrong) > 1 else ""))
         self.ends = np.cumsum([s["pairs"] for s in self.manifest["shards"]])
-        self.shard = lru_cache(maxsize=OPEN)(lambda s: Shard(self.folder / self.manifest["shards"][s]["file"]))
+        files = [self.folder / s["file"] for s in self.manifest["shards"]]
+        self.shard = lru_cache(maxsize=OPEN)(lambda s: Shard(files[s]))
 
     def __len__(self): return int(self.ends[-1])
     def __getitem__(self, i): return {k: v[0] for k, v in self.batch([i]).items()}

@@ -80,7 +80,7 @@ def test_two_processes_take_the_steps_of_one_and_one_goes_on_where_two_were_kill
 
 def test_a_worker_that_dies_ends_the_job_with_the_reason_and_a_restart_goes_on(alone, tmp_path):
     process = start(tmp_path, "die=25", processes=2)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in said
     assert int(checkpoints(tmp_path / "state")[0].stem[5:]) == 20
     ema, history = toy.fit(tmp_path / "state")

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 import toy
-from conftest import get_nb
+from get_nb.cli import main
 from get_nb.files import FileError, load_tensors
 from get_nb.pairs import OPEN, PairDataset, draw_noise, merge_pairs, read_manifest, verify_pairs
 from test_engine import fork, full_disk, start
-from test_faults import usage
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +33,18 @@ def shards(folder):
     return {p.name: p.read_bytes() for p in sorted(folder.glob("pairs-*"))}
 
 
+def command(capsys, *args):
+    "Run `get-nb pairs ...` in this process; -> exit code, stdout, stderr."
+    with pytest.raises(SystemExit) as end:
+        main(["pairs", *map(str, args)])
+    return end.value.code, *capsys.readouterr()
+
+
+def refused(capsys, args, *words):
+    code, out, err = command(capsys, *args)
+    assert code == 2 and out == "" and err.count("\n") == 1 and all(w in err for w in words), err
+
+
 def flip(path, rng=None, at=None):
     "Flip one bit."
     bad = bytearray(path.read_bytes())
@@ -47,7 +58,7 @@ def test_two_workers_one_of_them_killed_make_what_one_makes(whole, tmp_path):
         time.sleep(.005)
     kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("pairs-*")}
     one.kill()
-    two.join(120)
+    two.join(600)
     assert two.exitcode == 0 and len(kept) < 12
     assert shards(tmp_path) == shards(whole) and read_manifest(tmp_path) == read_manifest(whole)
     assert all((tmp_path / name).stat().st_mtime_ns == t for name, t in kept.items())      # finished shards are not touched
@@ -55,7 +66,7 @@ def test_two_workers_one_of_them_killed_make_what_one_makes(whole, tmp_path):
 
 def test_torchrun_makes_the_same_bytes(whole, tmp_path):
     process = start(tmp_path, what="pairs", processes=2)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said
     assert shards(tmp_path) == shards(whole)
 
@@ -91,13 +102,13 @@ def test_flips_and_cuts_anywhere_are_found_and_named(copy):
     assert verify_pairs(copy) == []
 
 
-def test_a_flip_that_leaves_size_and_time_is_found_when_asked(copy):
+def test_a_flip_that_leaves_size_and_time_is_found_when_asked(copy, capsys):
     PairDataset(copy)
     path = copy / "pairs-00002.safetensors"
     s = path.stat()
     flip(path, at=-9)
     os.utime(path, ns=(s.st_atime_ns, s.st_mtime_ns))
-    usage(get_nb("pairs", "verify", copy), "pairs-00002.safetensors", "damaged")
+    refused(capsys, ["verify", copy], "1 of 12 shards", "pairs-00002.safetensors", "damaged")
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(FileError, match="pairs-00002.safetensors: shorter than its header says"):
         PairDataset(copy, verify=False).batch(range(120))
@@ -140,18 +151,18 @@ def test_more_shards_than_may_be_open_are_read_in_any_order(tmp_path):
     assert len([f for f in os.listdir("/proc/self/fd") if str(tmp_path) in os.path.realpath(f"/proc/self/fd/{f}")]) <= OPEN
 
 
-def test_the_command_line_informs_verifies_and_merges(whole, tmp_path):
+def test_the_command_line_informs_verifies_and_merges(whole, tmp_path, capsys):
     toy.make(tmp_path / "more", n=30, first_seed=500)
-    done = get_nb("pairs", "info", whole)
-    assert done.returncode == 0 and json.loads(done.stdout)["pairs"] == 120 and json.loads(done.stdout)["missing"] == 0
-    done = get_nb("pairs", "verify", whole)
-    assert done.returncode == 0 and "12 shards" in done.stdout
-    done = get_nb("pairs", "merge", tmp_path / "both", tmp_path / "more", whole)
-    assert done.returncode == 0, done.stderr
+    code, out, _ = command(capsys, "info", whole)
+    assert code == 0 and json.loads(out)["pairs"] == 120 and json.loads(out)["missing"] == 0
+    code, out, _ = command(capsys, "verify", whole)
+    assert code == 0 and "12 shards, all whole" in out
+    code, out, _ = command(capsys, "merge", tmp_path / "both", tmp_path / "more", whole)
+    assert code == 0 and "150 pairs in 15 shards" in out
     both = PairDataset(tmp_path / "both")
     assert both.batch(range(150))["seed"].tolist() == [*range(120), *range(500, 530)]
-    usage(get_nb("pairs", "merge", tmp_path / "both", whole), "not empty")
-    usage(get_nb("pairs", "info", tmp_path), "manifest.json", "no such file")
+    refused(capsys, ["merge", tmp_path / "both", whole], "not empty")
+    refused(capsys, ["info", tmp_path], "manifest.json", "no such file")
 
 
 def test_folders_that_do_not_fit_are_not_merged(whole, tmp_path):
