@@ -1,0 +1,213 @@
+"""Gradients of equilibrium models: exact where they claim to be, in constant memory, under data parallelism."""
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from conftest import ROOT
+from get_nb.core import ConfigError, torch_rng
+from get_nb.deq import correction_weights, implicit, supervised, unroll, unroll_constant
+from get_nb.distill import DistillConfig, distill_loss
+from get_nb.losses import l1
+from get_nb.models import create_model, with_options
+from get_nb.solvers import solve
+
+TINY = dict(num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1)
+
+
+def tiny(**how):
+    torch.manual_seed(0)
+    model = create_model("GET-digits/2", **TINY, **how).double().eval()
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=.3, generator=torch_rng("w"))
+    return model
+
+
+def batch(n=2):
+    return torch.randn(n, 1, 4, 4, generator=torch_rng("e"), dtype=torch.float64), torch.arange(n) % 3
+
+
+def tanh_map():
+    rand = lambda *s, name: torch.randn(*s, generator=torch_rng(name), dtype=torch.float64)
+    W, b = (rand(5, 5, name="W") / 5**.5 * .5).requires_grad_(), rand(2, 5, name="b").requires_grad_()
+    return (lambda z, W, b: torch.tanh(z @ W.T + b)), W, b
+
+
+def test_gradcheck_of_the_implicit_gradient():
+    f, W, b = tanh_map()
+    def run(W, b):
+        g = lambda z: f(z, W, b)
+        with torch.no_grad():
+            z, _ = solve(g, torch.zeros(2, 5, dtype=torch.float64), max_iter=60, tol=1e-14)
+        return implicit(g, z, tol=1e-13, max_iter=60)
+    assert torch.autograd.gradcheck(run, (W, b))
+
+
+def test_gradcheck_of_a_GET_in_evaluation_through_its_fixed_point():
+    model, (noise, labels) = tiny(state="normalized", gradient="implicit", solver="anderson", n_iter=200, tol=1e-13, stop_mode="rel", adjoint_iter=200, adjoint_tol=1e-12, window=20), batch(1)
+    with torch.no_grad():
+        model.qkv_inj.weight.mul_(3)      # a strong injection makes the map contract
+    with sdpa_kernel(SDPBackend.MATH):
+        assert model.solve(noise, labels)[1].converged.all()
+        assert torch.autograd.gradcheck(lambda e: model(e, labels), noise.requires_grad_(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("n", [1, 2, 5, 11])
+@pytest.mark.parametrize("which", [None, (-1,), (1, -2, -1)])
+def test_constant_memory_gives_the_gradients_of_unrolling(n, slots, which):
+    if which and n < 2 and len(which) > 1:
+        which = (1,)
+    f, W, b = tanh_map()
+    z0 = torch.randn(2, 5, generator=torch_rng("z"), dtype=torch.float64).requires_grad_()
+    calls = []
+    def g(z):
+        calls.append(1)
+        return f(z, W, b)
+    plain = unroll(g, z0, n, which)
+    loss = lambda states: sum((i + 1) * s.sin().sum() for i, s in enumerate(states))
+    wanted = torch.autograd.grad(loss(plain), (z0, W, b))
+    got = unroll_constant(g, z0, n, which, tensors=(W, b), slots=slots)
+    assert all(torch.equal(a, c) for a, c in zip(plain, got))
+    for a, c in zip(torch.autograd.grad(loss(got), (z0, W, b)), wanted):
+        assert torch.allclose(a, c, rtol=1e-10, atol=1e-12)
+
+
+def test_constant_memory_works_backwards_twice_over_one_graph():
+    f, W, b = tanh_map()
+    out = unroll_constant(lambda z: f(z, W, b), torch.zeros(2, 5, dtype=torch.float64), 7, (-1,), tensors=(W, b))[0].sum()
+    first = torch.autograd.grad(out, W, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(out, W)[0])
+
+
+def test_constant_memory_recomputes_in_the_precision_of_the_forward_pass():
+    model, (noise, labels) = tiny().float(), batch()
+    grads = []
+    for constant in (False, True):
+        other = with_options(model, constant_memory=constant)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = sum(x.float().square().sum() for x in other.unrolled(noise.float(), labels, n_iter=4))
+        model.zero_grad()
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert (grads[0] - grads[1]).norm() < 5e-3 * grads[0].norm()
+
+
+def test_a_forgotten_tensor_is_an_error_and_not_a_missing_gradient():
+    f, W, b = tanh_map()
+    with pytest.raises(ConfigError, match=r"\(5, 5\)"):
+        unroll_constant(lambda z: f(z, W, b), torch.zeros(2, 5, dtype=torch.float64), 3, tensors=(b,))
+
+
+DDP = """
+import copy, os, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from get_nb.core import torch_rng
+from get_nb.models import create_model
+dist.init_process_group("gloo"); rank = dist.get_rank()
+class Student(torch.nn.Module):
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, e, y): return sum((x - 1).abs().mean() for x in self.model.unrolled(e, y, n_iter=4))
+e, y = torch.randn(4, 1, 4, 4, generator=torch_rng("e")), torch.arange(4) % 3
+for how in (dict(), dict(constant_memory=True), dict(gradient="phantom", phantom_steps=2), dict(gradient="implicit", state="normalized", solver="anderson", adjoint_tol=0.),
+            dict(weight_norm="weight"), dict(gradient="implicit", state="normalized", weight_norm="spectral", adjoint_tol=0.), dict(injection="adaln"), dict(shared=False)):
+    torch.manual_seed(0)
+    model = create_model("GET-digits/2", num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1, **how)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=.3, generator=torch_rng("w"))
+    alone = Student(copy.deepcopy(model))
+    (alone(e[:2], y[:2]) / 2 + alone(e[2:], y[2:]) / 2).backward() if "spectral" not in how.values() else alone(e[2*rank:][:2], y[2*rank:][:2]).backward()
+    many = DistributedDataParallel(Student(model))
+    many(e[2 * rank:][:2], y[2 * rank:][:2]).backward()
+    for (name, a), b in zip(alone.named_parameters(), many.parameters()):
+        if not b.requires_grad: continue
+        if "spectral" in how.values(): dist.all_reduce(a.grad); a.grad /= 2
+        assert a.grad is not None and torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6), (how, name)
+print("same", rank)
+"""
+
+
+def test_a_tensor_that_would_be_counted_twice_is_an_error():
+    f, W, b = tanh_map()
+    c = (2 * b).clone()
+    with pytest.raises(ConfigError, match="gate"):
+        unroll_constant(lambda z: f(z, W, b) + c, torch.zeros(2, 5, dtype=torch.float64), 3, tensors=(W, b, c))
+
+
+@pytest.mark.parametrize("how", [dict(), dict(state="normalized"), dict(injection="adaln"), dict(injection="none"), dict(shared=False), dict(weight_norm="weight")])
+def test_a_GET_in_constant_memory_has_the_gradients_of_the_plain_one(how):
+    (noise, labels), grads = batch(), []
+    for constant in (False, True):
+        model = tiny(constant_memory=constant, **how)
+        sum(x.square().sum() for x in model.unrolled(noise, labels, n_iter=4)).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    assert (grads[0] - grads[1]).norm() < 1e-10 * grads[0].norm()
+
+
+def test_two_processes_get_the_gradients_of_one_in_every_mode(tmp_path):
+    (tmp_path / "ddp.py").write_text(DDP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "ddp.py")]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("same") == 2, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("how", [dict(injection="none"), dict(injection="adaln"), dict(shared=False, z0="normal"), dict(weight_norm="weight"), dict(weight_norm="spectral"),
+                                 dict(constant_memory=True), dict(gradient="phantom", solver="broyden"), dict(gradient="implicit", state="normalized", weight_norm="spectral", solver="anderson")])
+def test_every_option_trains_all_weights_and_hears_the_noise(how):
+    model, (noise, labels) = tiny(**how), batch()
+    model.unrolled(noise, labels, n_iter=4)[-1].square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "qkv_inj" in name or "deq_blocks" in name and "weight" in name)
+    with torch.no_grad():
+        assert (model(noise, labels)[0] - model(noise.flip(0), labels)[0]).abs().max() > 1e-6
+
+
+def test_sampling_ends_where_training_s_last_iteration_does():
+    for how in (dict(), dict(state="normalized"), dict(injection="none"), dict(injection="adaln"), dict(shared=False)):
+        model, (noise, labels) = tiny(**how), batch()
+        with torch.no_grad():
+            assert torch.allclose(model(noise, labels), model.unrolled(noise, labels, n_iter=4)[-1])
+
+
+def test_weights_that_are_not_shared_have_an_end():
+    model, (noise, labels) = tiny(shared=False), batch()
+    assert len(model.deq_blocks) == 4
+    for run in (model, model.unrolled):
+        with pytest.raises(ConfigError, match="n_iter = 5"):
+            run(noise, labels, n_iter=5)
+
+
+def test_options_of_sampling_share_the_weights_and_leave_the_model_alone():
+    model, (noise, labels) = tiny(), batch()
+    other = with_options(model, n_iter=1)
+    assert next(other.parameters()) is next(model.parameters()) and model.cfg.n_iter == 4
+    with torch.no_grad():
+        assert torch.equal(other(noise, labels), model(noise, labels, n_iter=1))
+    with pytest.raises(ConfigError, match="n_itre"):
+        with_options(model, n_itre=1)
+
+
+def test_the_default_loss_is_the_released_one_to_the_bit():
+    model, (noise, labels) = tiny(), batch()
+    target = torch.ones_like(noise)
+    ours = distill_loss(model, noise, labels, target, DistillConfig(n_iter=4))
+    theirs = sum(w * l1(x, target) for w, x in zip([.8**3, .8**2, .8, 1.], model.unrolled(noise, labels, n_iter=4)))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cfg", [dict(supervise=(-1,)), dict(supervise=(1, -1), weights="linear"), dict(residual=.1), dict(residual=.1, jacobian=.01), dict(n_iter_max=8, iterations="random")])
+def test_every_option_of_the_loss_has_a_gradient(cfg):
+    model, (noise, labels) = tiny(state="normalized"), batch()
+    loss = distill_loss(model, noise, labels, torch.zeros_like(noise), DistillConfig(n_iter=4, **cfg))
+    loss.backward()
+    assert loss.isfinite() and model.deq_blocks[0].mlp.fc1.weight.grad.abs().max() > 0
+
+
+def test_supervised_iterations_and_weights_refuse_what_means_nothing():
+    assert supervised(4) == [1, 2, 3, 4] and supervised(4, (-1, 1, 4)) == [1, 4] and correction_weights(4, kind="linear") == [.25, .5, .75, 1.]
+    for bad in ((5,), (0,), (-5,)):
+        with pytest.raises(ConfigError):
+            supervised(4, bad)
+    with pytest.raises(ConfigError, match="linear"):
+        correction_weights(4, kind="linaer")
