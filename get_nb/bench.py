@@ -104,13 +104,13 @@ def contenders(name: str, task: str, cfg: BenchConfig, device):  # -> name -> fu
     def sample(r): return lambda: torch.no_grad()(r)(noise, labels)
     return {row: sample(r) for row, r in run.items()}, run
 
-# %% ../nbs/52_bench.ipynb #f8c1e8fb
+# %% ../nbs/52_bench.ipynb #5d287091
 def peak_memory(f, run, cfg: BenchConfig, device, task: str):  # -> MB or None
     "GPU: the most that was allocated during f. CPU: what a training step keeps for its backward pass."
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(); timed(f, device)
         return torch.cuda.max_memory_allocated() / 1e6
-    return training_cost(run, DistillConfig(n_iter=cfg.n_iter), 2)["activation_mb"] * cfg.batch_size if task == "training" else None
+    return training_cost(run, DistillConfig(n_iter=cfg.n_iter), cfg.batch_size)["activation_mb"] * cfg.batch_size if task == "training" else None
 
 def measure_models(name: str, task: str, cfg: BenchConfig, device, peaks: dict) -> dict:  # row -> numbers
     "One size and task: the paired times, and what follows from them."
