@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Commands', 'cli', 'main', 'options', 'reproduce', 'list_stages', 'show_price', 'stages', 'publish', 'sample',
            'evaluate', 'import_', 'installed', 'package_lines', 'machine_lines', 'file_lines', 'weights_lines',
-           'doctor', 'pairs', 'info', 'verify', 'merge']
+           'doctor', 'pairs', 'info', 'verify', 'merge', 'bench', 'price']
 
-# %% ../nbs/51_cli.ipynb #8b4759c9
-import importlib.util, json, os, re, shutil, sys
+# %% ../nbs/51_cli.ipynb #63ec34e6
+import importlib, importlib.util, json, os, re, shutil, sys
 from importlib import metadata
 from pathlib import Path
 
@@ -249,3 +249,31 @@ def merge(target, folders):
     "Join FOLDERS, of one recipe and different seeds, in the new folder TARGET."
     from get_nb.pairs import merge_pairs
     click.echo(f"{target}: {merge_pairs(folders, target)['recipe']['n']} pairs in {len(list(Path(target).glob('pairs-*')))} shards")
+
+# %% ../nbs/51_cli.ipynb #7345263a
+@cli.command()
+@click.option("--size", "sizes", multiple=True, default=("GET-T/2",), show_default=True, help="Size of GET; repeat for several.")
+@click.option("--image-size", default=32, show_default=True, type=click.IntRange(8), help="Pixels per side.")
+@click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Images per step.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Interleaved rounds.")
+@click.option("--task", "tasks", multiple=True, type=click.Choice(["sampling", "training", "teacher", "pairs"]), help="Only this; repeat for several. By default all.")
+@click.option("--compile/--no-compile", "compiled", default=None, help="Ours through torch.compile; by default on a GPU.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="CPU threads; 0: torch's choice.")
+@click.option("--out", default="runs/bench", show_default=True, type=click.Path(file_okay=False), help="Folder of the record and the table.")
+def bench(out, device, threads, tasks, batch, **fields):
+    "The released formulation against ours: one table of speed and memory."
+    room = importlib.import_module("get_nb.bench")
+    cfg = room.BenchConfig(batch_size=batch, **{"tasks": tasks} if tasks else {}, **fields)
+    click.echo(room.bench_to_folder(out, cfg, device, threads))
+
+# %% ../nbs/51_cli.ipynb #418c8466
+@cli.command()
+@click.option("--gpus", multiple=True, default=(1, 8, 64), show_default=True, type=click.IntRange(1), help="Number of GPUs; repeat for several.")
+@click.option("--record", type=click.Path(), help="record.json of get-nb bench on a GPU; by default the published one, if any.")
+@click.option("--set", "given", multiple=True, metavar="NAME=NUMBER", help="An assumption, e.g. peak=8e14, training=0.4 or price=2.5; repeat for several.")
+def price(gpus, record, given):
+    "What the paper's run would take: time, memory, network and money."
+    try: values = {k: float(v) for k, v in (g.split("=", 1) for g in given)}
+    except ValueError: raise ConfigError(f"--set {' '.join(given)}: NAME=NUMBER, e.g. peak=8e14") from None
+    click.echo(importlib.import_module("get_nb.scale").price(gpus, record, **{k: int(v) if v >= 1 and v == int(v) and k in ("per_machine", "samples") else v for k, v in values.items()}))

@@ -184,6 +184,7 @@ class UNet(nn.Module):
 RELEASED = UNetConfig(augment_dim=9)
 TEACHERS = {
     "unet-digits": UNetConfig(base=32, mult=(1, 1), blocks=1, attention=(4,), dropout=0., sigma_data=.752),
+    "unet-shapes": UNetConfig(base=96, mult=(1, 2), blocks=2, attention=(8,), dropout=.1, sigma_data=.378),
     **{f"edm-cifar10-32x32-{c}-{v}": replace(RELEASED, variant=n) for c in ("cond", "uncond") for v, n in (("vp", "ddpmpp"), ("ve", "ncsnpp"))},
 }
 
