@@ -200,15 +200,14 @@ def file_lines(root: Path) -> list:
     published = sorted(p.parent.name for p in root.glob("results/*/manifest.json"))
     return [*lines, (bool(published), False, f"published: {', '.join(published) or 'nothing yet'}")]
 
-# %% ../nbs/51_cli.ipynb #bc8406f3
+# %% ../nbs/51_cli.ipynb #ad336304
 def weights_lines() -> list:
     "Feature networks whose files are looked for locally."
-    try: from get_nb import weights
-    except ImportError: return [(False, False, "Inception weights: this version has no place for them; distances are in features of the chain's own classifier")]
+    from get_nb.files import WEIGHTS, find_weights
     lines = []
-    for name in weights.WEIGHTS:
-        try: lines.append((True, False, f"weights: {name} at {weights.find_weights(name)}"))
-        except FileError as e: lines.append((False, False, f"weights: {e}"))
+    for name in WEIGHTS:
+        try: lines.append((True, False, f"weights: {name} at {find_weights(name)}"))
+        except (FileError, ConfigError) as e: lines.append((False, False, f"weights: {e}"))
     return lines
 
 @cli.command()
