@@ -71,9 +71,9 @@ def code_hashes(notebook: Path) -> dict:  # "notebook" and each module used, dir
         text = path.read_text(); out[name] = code_hash(text); todo |= imported_rooms(text)
     return out
 
-# %% ../nbs/49_stages.ipynb #cc808a45
+# %% ../nbs/49_stages.ipynb #2e685bab
 TYPES = {k: getattr(pydantic, k) for k in ("PositiveInt", "NonNegativeInt", "PositiveFloat", "NonNegativeFloat")} | \
-        {"Fraction": get_nb.core.Fraction, "Literal": get_nb.core.Literal} | {t.__name__: t for t in (int, float, str, bool, list, dict)}
+        {t: getattr(get_nb.core, t) for t in ("Fraction", "Literal", "Precision")} | {t.__name__: t for t in (int, float, str, bool, list, dict)}
 
 def declared_parameters(notebook: Path) -> dict:  # name -> (type, default); raises ConfigError
     "What the parameters cell of a notebook declares."
