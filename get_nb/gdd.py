@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INNATE', 'freeze_innate', 'parameters_by_kind', 'layer_activations', 'GanConfig', 'critic_rates', 'Gan', 'make_fakes',
            'update', 'sharpness', 'gan_step', 'gan_draw', 'means', 'train_gan', 'record_step', 'gan_history',
-           'gan_health', 'gan_cost']
+           'gan_health', 'gan_cost', 'relative_change']
 
 # %% ../nbs/41_gdd.ipynb #cd751ea2
 import copy, math, re, time
@@ -213,3 +213,10 @@ def gan_cost(generator, discriminator, real, labels, cfg: GanConfig, extra=None)
     total += flops(critic_step) + flops(lambda: r1_penalty(discriminator, real, labels).backward()) / cfg.r1_every
     discriminator.zero_grad()
     return total / len(real) / 1e9
+
+# %% ../nbs/41_gdd.ipynb #43c270a6
+@torch.no_grad()
+def relative_change(before, after) -> dict:  # layer -> ‖w' − w‖ / ‖w‖, in the network's order
+    "Relative change of each convolution's and linear layer's weight between two copies of a network."
+    old = dict(before.named_parameters())
+    return {k.removesuffix(".weight"): ((p - old[k]).norm() / old[k].norm().clamp(min=1e-12)).item() for k, p in after.named_parameters() if p.ndim > 1}
