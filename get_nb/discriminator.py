@@ -6,12 +6,13 @@
 __all__ = ['BACKBONES', 'SAMPLES_PER_GPU', 'R1_GAMMA', 'ClassifierPyramid', 'backbone_weights', 'TimmPyramid', 'Projection',
            'Head', 'DiscriminatorConfig', 'Discriminator', 'generator_loss', 'discriminator_loss', 'r1_penalty']
 
-# %% ../nbs/38_discriminator.ipynb #12f4b759
+# %% ../nbs/38_discriminator.ipynb #d847c02a
 import math
 from pathlib import Path
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
@@ -43,7 +44,7 @@ def backbone_weights(name: str, folder) -> Path:  # raises FileError
     if path.is_file(): return path
     raise FileError(f"{path}: no such file: GDD's critic needs ImageNet weights of {name}; save timm's state dict there (huggingface.co/timm, model.safetensors)")
 
-# %% ../nbs/38_discriminator.ipynb #863e1c8c
+# %% ../nbs/38_discriminator.ipynb #fabdf4e1
 class TimmPyramid(nn.Module):
     "Feature maps of a timm backbone, frozen, on images resized as GDD does."
     def __init__(self, name: str,             # a key of BACKBONES
@@ -55,7 +56,8 @@ class TimmPyramid(nn.Module):
         try: import timm
         except ImportError: raise ConfigError(f"backbone {name}: timm is not installed: pip install 'get_nb[features]'") from None
         overlay = dict(pretrained_cfg_overlay=dict(file=str(weights))) if weights else {}
-        self.net = timm.create_model(name, features_only=True, out_indices=BACKBONES[name], pretrained=bool(weights), **overlay)
+        try: self.net = timm.create_model(name, features_only=True, out_indices=BACKBONES[name], pretrained=bool(weights), **overlay)
+        except (RuntimeError, OSError, ValueError, SafetensorError) as e: raise FileError(f"{weights}: cannot be loaded as {name}: {str(e).splitlines()[0]}") from None
         self.net.eval().requires_grad_(False)
         seen, self.resolution = timm.get_pretrained_cfg(name), resolution
         for k in ("mean", "std"): self.register_buffer(k, torch.tensor(getattr(seen, k)).view(1, 3, 1, 1), persistent=False)

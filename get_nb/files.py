@@ -84,8 +84,9 @@ def load_tensors(path,                 # a file written by save_tensors
     if verify and tensors_digest(tensors, meta["info"]) != meta["sha256"]: raise FileError(f"{path}: damaged: its content does not match its sha256; restore it or make it again")
     return tensors, json.loads(meta["info"])
 
-# %% ../nbs/02_files.ipynb #fb975800
-BUILDERS = {"model": ("get_nb.models", "create_model"), "teacher": ("get_nb.unet", "create_teacher"), "classifier": ("get_nb.metrics", "create_classifier")}
+# %% ../nbs/02_files.ipynb #7672166d
+BUILDERS = {"model": ("get_nb.models", "create_model"), "teacher": ("get_nb.unet", "create_teacher"), "classifier": ("get_nb.metrics", "create_classifier"),
+            "one-step": ("get_nb.kd", "create_one_step")}
 
 def save_checkpoint(path,     # target, by custom *.safetensors
                     model,    # a module with `.config`, as made by create_model, create_teacher, create_classifier
