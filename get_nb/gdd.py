@@ -177,11 +177,11 @@ def train_gan(generator, discriminator,   # trained in place
     bar.close()
     return gan.ema, gan_history(state)
 
-# %% ../nbs/41_gdd.ipynb #78b3167f
+# %% ../nbs/41_gdd.ipynb #d720a07d
 def record_step(state: dict, now: dict, step: int, cfg: GanConfig, watch) -> None:
     "Put a step's numbers where the history will find them; ask the monitor when it is time."
     state["window"].append(now)
-    if len(state["window"]) == cfg.log_every: state["curves"].append(dict(step=step + 1, **means(state["window"]))); state["window"].clear()
+    if len(state["window"]) == cfg.log_every or step + 1 == cfg.steps: state["curves"].append(dict(step=step + 1, **means(state["window"]))); state["window"].clear()
     if (step + 1) % cfg.monitor_every == 0 or step + 1 == cfg.steps:
         value = watch()
         if value is not None: state["watched"].append([step + 1, value])
