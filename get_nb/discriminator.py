@@ -35,16 +35,17 @@ class ClassifierPyramid(nn.Module):
             if not isinstance(layer, nn.MaxPool2d): maps.append(x)
         return maps
 
-# %% ../nbs/38_discriminator.ipynb #e2a4c8ee
+# %% ../nbs/38_discriminator.ipynb #6757f18a
 BACKBONES = dict(vgg16_bn=(2, 3, 4, 5), tf_efficientnet_lite0=(1, 2, 3, 4))     # timm name -> maps used
 
 def backbone_weights(name: str, folder) -> Path:  # raises FileError
     "Where the local weights of a backbone are."
     path = Path(folder) / f"{name}.safetensors"
     if path.is_file(): return path
-    raise FileError(f"{path}: no such file: GDD's critic needs ImageNet weights of {name}; save timm's state dict there (huggingface.co/timm, model.safetensors)")
+    raise FileError(f"{path}: no such file: GDD's critic needs ImageNet weights of {name}; "
+                    "save timm's state dict there (huggingface.co/timm, model.safetensors)")
 
-# %% ../nbs/38_discriminator.ipynb #fabdf4e1
+# %% ../nbs/38_discriminator.ipynb #80042f28
 class TimmPyramid(nn.Module):
     "Feature maps of a timm backbone, frozen, on images resized as GDD does."
     def __init__(self, name: str,             # a key of BACKBONES
@@ -54,13 +55,15 @@ class TimmPyramid(nn.Module):
         if name not in BACKBONES: raise ConfigError(f"unknown backbone {name!r}{nearest(name, BACKBONES)}")
         weights = backbone_weights(name, folder) if folder is not None else None
         try: import timm
-        except ImportError: raise ConfigError(f"backbone {name}: timm is not installed: pip install 'get_nb[features]'") from None
-        overlay = dict(pretrained_cfg_overlay=dict(file=str(weights))) if weights else {}
-        try: self.net = timm.create_model(name, features_only=True, out_indices=BACKBONES[name], pretrained=bool(weights), **overlay)
-        except (RuntimeError, OSError, ValueError, SafetensorError) as e: raise FileError(f"{weights}: cannot be loaded as {name}: {str(e).splitlines()[0]}") from None
-        self.net.eval().requires_grad_(False)
+        except ImportError: raise ConfigError(f"backbone {name}: timm is not installed: pip install timm") from None
+        kw = dict(features_only=True, out_indices=BACKBONES[name])
+        if weights: kw |= dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(weights)))
+        try: self.net = timm.create_model(name, **kw).eval().requires_grad_(False)
+        except (RuntimeError, OSError, ValueError, SafetensorError) as e:
+            raise FileError(f"{weights}: cannot be loaded as {name}: {str(e).splitlines()[0]}") from None
         seen, self.resolution = timm.get_pretrained_cfg(name), resolution
-        for k in ("mean", "std"): self.register_buffer(k, torch.tensor(getattr(seen, k)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(seen.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(seen.std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x):  # (B, 1 or 3, H, W) in [-1, 1] -> four maps, fine to coarse
         x = F.interpolate(x, size=(self.resolution,) * 2, mode="bilinear", align_corners=False)
@@ -90,13 +93,14 @@ class Projection(nn.Module):
             mixed.append(above := scale(m))
         return mixed[::-1]
 
-# %% ../nbs/38_discriminator.ipynb #70185cf5
+# %% ../nbs/38_discriminator.ipynb #e1a77571
 class Head(nn.Module):
     "Logits of one scale: (B, dim, h, h), labels -> (B,)."
     def __init__(self, dim: int, width: int, size: int, num_classes: int):
         super().__init__()
         halvings = max(1, round(math.log2(size / 4)))
-        layers = [spectral_norm(nn.Conv2d(dim if i == 0 else width, width, 4, stride=2, padding=1)) for i in range(halvings)]
+        inputs = [dim, *[width] * (halvings - 1)]
+        layers = [spectral_norm(nn.Conv2d(c, width, 4, stride=2, padding=1)) for c in inputs]
         layers.append(spectral_norm(nn.Conv2d(width, width, 3, padding=1)))
         self.body = nn.Sequential(*(m for layer in layers for m in (layer, nn.LeakyReLU(.2))))
         self.logit = spectral_norm(nn.Conv2d(width, 1, 1))
@@ -107,7 +111,7 @@ class Head(nn.Module):
         logit = self.logit(h).mean((1, 2, 3))
         return logit if self.classes is None else logit + (self.classes(labels) * h.mean((2, 3))).sum(1)
 
-# %% ../nbs/38_discriminator.ipynb #e22521dd
+# %% ../nbs/38_discriminator.ipynb #c0631903
 @config
 class DiscriminatorConfig:
     "Size of the critic; GDD's on CIFAR-10 has 64 channels after mixing and 4 heads per backbone."
@@ -122,12 +126,14 @@ class Discriminator(nn.Module):
                  cfg: DiscriminatorConfig,
                  num_classes: int = 0):             # 0: unconditional
         super().__init__()
-        self.projections = [Projection(p, probe, cfg.dim, cfg.seed + i) for i, p in enumerate(pyramids)]   # a list: not in the state dict
-        self.heads = nn.ModuleList(nn.ModuleList(Head(cfg.dim, cfg.width, s, num_classes) for s in p.sizes) for p in self.projections)
+        self.projections = [Projection(p, probe, cfg.dim, cfg.seed + i) for i, p in enumerate(pyramids)]   # a list is not saved
+        def heads(p): return nn.ModuleList(Head(cfg.dim, cfg.width, size, num_classes) for size in p.sizes)
+        self.heads = nn.ModuleList(heads(p) for p in self.projections)
 
     def forward(self, x,          # images (B, C, H, W) around [-1, 1]
                 labels=None):     # int64 (B,) when conditional; -> list over backbones of logits (heads, B)
-        return [torch.stack([head(m, labels) for head, m in zip(heads, project(x))]) for heads, project in zip(self.heads, self.projections)]
+        return [torch.stack([head(m, labels) for head, m in zip(heads, project(x))])
+                for heads, project in zip(self.heads, self.projections)]
 
 # %% ../nbs/38_discriminator.ipynb #4e45d6ca
 def generator_loss(fake: list):  # logits of generated images, per backbone -> scalar

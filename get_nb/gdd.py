@@ -26,7 +26,7 @@ from .files import save_tensors
 from .kd import stalled
 from .train import TrainingError, ema_decay, ema_update, flatten_state, last_good, learning_rate, read_state, restore_state
 
-# %% ../nbs/41_gdd.ipynb #aa8f0464
+# %% ../nbs/41_gdd.ipynb #2609ba1f
 INNATE = ("conv0", "conv1", "proj")     # kinds of layers that GDD-I freezes
 
 def freeze_innate(model) -> None:
@@ -34,7 +34,7 @@ def freeze_innate(model) -> None:
     for name, p in model.named_parameters(): p.requires_grad_(name.split(".")[-2] not in INNATE)
 
 def parameters_by_kind(model) -> dict:  # kind of layer -> (parameters, those that train), largest first
-    "How many parameters each kind of layer has, by the last name of its module; names in encoder and decoder are cut of resolution and number."
+    "How many parameters each kind of layer has, and how many of them train."
     kinds = {}
     for name, p in model.named_parameters():
         kind = re.sub(r"^\d+x\d+_", "", name.split(".")[-2])
@@ -81,7 +81,7 @@ class GanConfig:
     log_every: PositiveInt = 20                # steps per point of the curves
     monitor_every: PositiveInt = 250           # steps between two calls of the monitor
 
-# %% ../nbs/41_gdd.ipynb #a7e3af81
+# %% ../nbs/41_gdd.ipynb #6b7b8156
 def critic_rates(cfg: GanConfig):  # -> factor of the rate, beta2
     "What lazy R1 does to the critic's Adam: r1_every steps are followed by one more."
     lazy = cfg.r1_every / (cfg.r1_every + 1)
@@ -99,9 +99,10 @@ class Gan:
 
     def tensors(self): return {f"{n}.{k}": v for n, part in self.parts.items() for k, v in flatten_state(*part).items()}
     def restore(self, tensors):
-        for n, part in self.parts.items(): restore_state({k[2:]: v for k, v in tensors.items() if k.startswith(f"{n}.")}, *part)
+        for n, part in self.parts.items():
+            restore_state({k[2:]: v for k, v in tensors.items() if k.startswith(f"{n}.")}, *part)
 
-# %% ../nbs/41_gdd.ipynb #85cdc143
+# %% ../nbs/41_gdd.ipynb #adbc1acc
 def make_fakes(gan: Gan, noise, labels): return gan.generator.unrolled(noise, labels, n_iter=gan.cfg.n_iter)[-1]
 
 def update(optimizer, loss, lr: float) -> None:
@@ -111,9 +112,10 @@ def update(optimizer, loss, lr: float) -> None:
 
 def sharpness(real: list, fake: list) -> float:
     "Share of logits of the right sign: 0.5 is a critic that knows nothing, 1 one that cannot be fooled."
-    return torch.stack([((r > 0).float().mean() + (f < 0).float().mean()) / 2 for r, f in zip(real, fake)]).mean().item()
+    right = [(r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake)]
+    return sum(right).item() / 2 / len(right)
 
-# %% ../nbs/41_gdd.ipynb #677879b1
+# %% ../nbs/41_gdd.ipynb #86dc9644
 def gan_step(gan: Gan,
              step: int,
              noise, labels,        # of the images to make; labels None when unconditional
@@ -131,8 +133,11 @@ def gan_step(gan: Gan,
     on_real, on_fake = D(real, real_labels), D(fake, labels)
     critic = discriminator_loss(on_real, on_fake)
     update(gan.opt_d, critic, lr * lazy * cfg.lr_critic)
-    if step % cfg.r1_every == 0: update(gan.opt_d, cfg.r1_gamma / 2 * cfg.r1_every * r1_penalty(D, real, real_labels), lr * lazy * cfg.lr_critic)
+    if step % cfg.r1_every == 0:
+        penalty = cfg.r1_gamma / 2 * cfg.r1_every * r1_penalty(D, real, real_labels)
+        update(gan.opt_d, penalty, lr * lazy * cfg.lr_critic)
     return dict(generator=adversarial.item(), critic=critic.item(), extra=added.item(), right=sharpness(on_real, on_fake),
+                contrast=torch.stack([r.std(1).mean() for r in on_real]).mean().item(),
                 diversity=(fake.std(0).mean() / real.std(0).mean()).item())
 
 # %% ../nbs/41_gdd.ipynb #e78a6e15
@@ -146,7 +151,7 @@ def means(window: list) -> dict:
     "Mean of each number over a window of steps."
     return {k: sum(w[k] for w in window) / len(window) for k in window[0]}
 
-# %% ../nbs/41_gdd.ipynb #ecba7fdd
+# %% ../nbs/41_gdd.ipynb #f0b3f9cc
 def train_gan(generator, discriminator,   # trained in place
               real,                  # step -> real images (B, C, H, W), labels int64 (B,) or None
               shape, num_classes,    # of the images made; 0: unconditional
@@ -168,20 +173,24 @@ def train_gan(generator, discriminator,   # trained in place
     for step in range(state["step"], cfg.steps):
         seed_everything("gan step", cfg.seed, step)
         now = gan_step(gan, step, *to(*gan_draw(shape, num_classes, step, cfg)), *to(*real(step)), extra)
-        if not all(math.isfinite(v) for v in now.values()): raise TrainingError(f"{desc}: {now} at step {step}; {last_good(path, state_dir)}. Lower lr or lr_critic")
+        if not all(math.isfinite(v) for v in now.values()):
+            raise TrainingError(f"{desc}: {now} at step {step}; {last_good(path, state_dir)}. Lower lr or lr_critic")
         ema_update(gan.ema, gan.generator, ema_decay(step, cfg)); bar.update()
         record_step(state, now, step, cfg, lambda: monitor(gan.ema) if monitor else None)
         state["seconds"] = time.time() - began
         if state_dir and ((step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.steps):
-            save_tensors(path, gan.tensors(), dict(kind="training", config=what, step=step + 1, state=dict(state, step=step + 1)))
+            info = dict(kind="training", config=what, step=step + 1, state=dict(state, step=step + 1))
+            save_tensors(path, gan.tensors(), info)
     bar.close()
     return gan.ema, gan_history(state)
 
-# %% ../nbs/41_gdd.ipynb #d720a07d
+# %% ../nbs/41_gdd.ipynb #f260ee25
 def record_step(state: dict, now: dict, step: int, cfg: GanConfig, watch) -> None:
     "Put a step's numbers where the history will find them; ask the monitor when it is time."
     state["window"].append(now)
-    if len(state["window"]) == cfg.log_every or step + 1 == cfg.steps: state["curves"].append(dict(step=step + 1, **means(state["window"]))); state["window"].clear()
+    if len(state["window"]) == cfg.log_every or step + 1 == cfg.steps:
+        state["curves"].append(dict(step=step + 1, **means(state["window"])))
+        state["window"].clear()
     if (step + 1) % cfg.monitor_every == 0 or step + 1 == cfg.steps:
         value = watch()
         if value is not None: state["watched"].append([step + 1, value])
@@ -189,27 +198,30 @@ def record_step(state: dict, now: dict, step: int, cfg: GanConfig, watch) -> Non
 def gan_history(state: dict) -> dict:  # curve of each number, monitor, seconds, resumed_at
     "The curves of a run, by name."
     curves = {k: [c[k] for c in state["curves"]] for k in (state["curves"][0] if state["curves"] else ())}
-    return dict(curves=curves, monitor=dict(step=[s for s, _ in state["watched"]], fd=[v for _, v in state["watched"]]), seconds=state["seconds"], resumed_at=state["resumed"])
+    monitor = dict(step=[s for s, _ in state["watched"]], fd=[v for _, v in state["watched"]])
+    return dict(curves=curves, monitor=monitor, seconds=state["seconds"], resumed_at=state["resumed"])
 
-# %% ../nbs/41_gdd.ipynb #dcc5d2c0
+# %% ../nbs/41_gdd.ipynb #98551508
 def gan_health(history: dict) -> list:  # messages; empty when all is well
     "Discriminator collapse, mode loss and stagnation, judged on the last quarter of a run."
     curves, found = history["curves"], []
     if not curves: return found
     last = {k: sum(v[-max(1, len(v) // 4):]) / max(1, len(v) // 4) for k, v in curves.items()}
-    if last["right"] > .98: found.append(f"the critic wins: {last['right']:.1%} of its logits are right, and its gradient teaches little")
-    if last["right"] < .52: found.append(f"the critic has collapsed: {last['right']:.1%} of its logits are right, as by chance")
-    if last["diversity"] < .6: found.append(f"mode loss: images of a batch differ {last['diversity']:.0%} as much as real ones")
+    right, contrast, diversity = (last[k] for k in ("right", "contrast", "diversity"))
+    if right > .98: found.append(f"the critic wins: {right:.1%} of its logits are right, and its gradient teaches little")
+    if contrast < .01: found.append(f"the critic has collapsed: its logits for real images differ by {contrast:.1g} only")
+    if diversity < .6: found.append(f"mode loss: images of a batch differ {diversity:.0%} as much as real ones")
     return found + stalled(history["monitor"]["step"], history["monitor"]["fd"], "FD on the critic's features")
 
-# %% ../nbs/41_gdd.ipynb #deabbc68
+# %% ../nbs/41_gdd.ipynb #42486c27
 class OperatorFlops(TorchDispatchMode):
     "Counts floating-point operations by torch's own formulas, operator by operator."
     def __init__(self): super().__init__(); self.total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry: self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula: self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
 # %% ../nbs/41_gdd.ipynb #1c47bc96
@@ -227,9 +239,10 @@ def gan_cost(generator, discriminator, real, labels, cfg: GanConfig, extra=None)
     discriminator.zero_grad()
     return (total + r1.total / cfg.r1_every) / len(real) / 1e9
 
-# %% ../nbs/41_gdd.ipynb #43c270a6
+# %% ../nbs/41_gdd.ipynb #00788002
 @torch.no_grad()
 def relative_change(before, after) -> dict:  # layer -> ‖w' − w‖ / ‖w‖, in the network's order
     "Relative change of each convolution's and linear layer's weight between two copies of a network."
     old = dict(before.named_parameters())
-    return {k.removesuffix(".weight"): ((p - old[k]).norm() / old[k].norm().clamp(min=1e-12)).item() for k, p in after.named_parameters() if p.ndim > 1}
+    def change(p, q): return ((p - q).norm() / q.norm().clamp(min=1e-12)).item()
+    return {k.removesuffix(".weight"): change(p, old[k]) for k, p in after.named_parameters() if p.ndim > 1}

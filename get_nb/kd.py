@@ -45,14 +45,15 @@ def copy_denoiser(teacher):  # EDMPrecond, as made by create_teacher -> another 
     student.load_state_dict(teacher.state_dict())
     return student
 
-# %% ../nbs/33_kd.ipynb #e8712c4f
+# %% ../nbs/33_kd.ipynb #d0b6c331
 def stalled(steps: list,             # where the values were taken
             values: list,            # lower is better: a loss, a distance
             what: str,               # its name, for the message
             tolerance: float = .1,   # how much worse than the best the end may be
            ) -> list:                # messages; empty when all is well
     "Has a curve its best point in its first two thirds, and ended worse?"
-    if any(not math.isfinite(v) for v in values): return [f"{what} is not a number at step {next(s for s, v in zip(steps, values) if not math.isfinite(v))}"]
+    broken = [s for s, v in zip(steps, values) if not math.isfinite(v)]
+    if broken: return [f"{what} is not a number at step {broken[0]}"]
     if len(values) < 4: return []
     best = min(range(len(values)), key=values.__getitem__)
     if best >= 2 * len(values) / 3 or values[-1] <= (1 + tolerance) * values[best]: return []

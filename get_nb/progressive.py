@@ -56,7 +56,7 @@ def snr_weight(sigma, kind: str):  # noise level, tensor; "truncated" or "v" -> 
     snr = 1 / sigma**2
     return snr.clamp(min=1.) if kind == "truncated" else snr + 1
 
-# %% ../nbs/40_progressive.ipynb #cd3ac692
+# %% ../nbs/40_progressive.ipynb #dfd138cd
 @config
 class ProgressiveConfig:
     "The halvings. Published: 8192 down to 1, 50,000 updates each."
@@ -71,7 +71,8 @@ def step_counts(cfg: ProgressiveConfig) -> list:  # of the students, decreasing;
     "16 -> 1 is [8, 4, 2, 1]."
     counts = [cfg.start]
     while counts[-1] > cfg.end and counts[-1] % 2 == 0: counts.append(counts[-1] // 2)
-    if counts[-1] != cfg.end or len(counts) < 2: raise ConfigError(f"start = {cfg.start}: cannot be halved down to end = {cfg.end}; make it end times a power of two")
+    if counts[-1] != cfg.end or len(counts) < 2:
+        raise ConfigError(f"start = {cfg.start}: cannot be halved down to end = {cfg.end}; make it end times a power of two")
     return counts[1:]
 
 # %% ../nbs/40_progressive.ipynb #ddb99e71
@@ -97,7 +98,7 @@ def progressive_batch(data: ImageSet, n: int, step: int, train_cfg: TrainConfig,
     noise = torch.randn(image.shape, generator=g)
     return image, labels if conditional else None, noise, torch.randint(n, (len(image),), generator=g)
 
-# %% ../nbs/40_progressive.ipynb #b6400c62
+# %% ../nbs/40_progressive.ipynb #7bdbef3f
 def distill_progressively(teacher,            # denoiser, without dropout; not changed
                           data: ImageSet,     # real images to start from
                           cfg: ProgressiveConfig,
@@ -115,6 +116,7 @@ def distill_progressively(teacher,            # denoiser, without dropout; not c
             image, labels, noise, place = (None if v is None else v.to(device) for v in batch)
             return progressive_loss(model, teacher, image, labels, noise, place, sigmas, cfg.weight)
         what = dict(identity or {}, progressive=asdict(cfg), conditional=conditional, data=data.name, student_steps=n)
-        _, history = train(student, loss_fn, train_cfg, Path(state_dir) / f"{n}" if state_dir else None, what, f"{n} steps")
+        folder = Path(state_dir) / f"{n}" if state_dir else None
+        _, history = train(student, loss_fn, train_cfg, folder, what, f"{n} steps")
         teacher, sigmas = student.eval().requires_grad_(False), sigmas[::2]
         yield n, teacher, sigmas, history
