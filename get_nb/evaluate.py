@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN_DATA', 'generate', 'sample_seeds', 'seed_batches', 'sample_images', 'flops', 'cost', 'training_cost',
-           'join_processes', 'share', 'EvalConfig', 'measure', 'protocol', 'evaluate', 'load_kind', 'shape_of',
-           'load_references', 'evaluate_checkpoint', 'evaluation_table', 'sample_to_file', 'save_grid']
+           'join_processes', 'share', 'EvalConfig', 'measure', 'protocol', 'family', 'evaluate', 'load_kind',
+           'shape_of', 'load_references', 'evaluate_checkpoint', 'evaluation_table', 'sample_to_file', 'save_grid']
 
 # %% ../nbs/32_evaluate.ipynb #a4a6104a
 import math, os, statistics, time
@@ -157,17 +157,22 @@ def protocol(data: str, kind: str, samples: int) -> str:
     fewer = "" if samples == 50_000 else "; FID falls with the number of images, so this one is not comparable"
     return f"{line} (released protocol: 50,000 images; {released}{fewer})"
 
-# %% ../nbs/32_evaluate.ipynb #089779d1
+# %% ../nbs/32_evaluate.ipynb #f6889661
+def family(model) -> str:
+    "What a model is in tables and figures: what its checkpoint says (kd, pd, gdd, hybrid), else its architecture."
+    said = getattr(model, "meta", {}).get("family")
+    return said or ("teacher" if isinstance(model, EDMPrecond) else "get" if isinstance(model, GET) else "vit")
+
+# %% ../nbs/32_evaluate.ipynb #e7dd10be
 def evaluate(model, cfg: EvalConfig, train, test, network: FeatureNetwork, data: str):  # -> dict, images, labels
     "The whole protocol for one model; `data` is the name of the set, other arguments as in `measure`."
-    kind = "teacher" if isinstance(model, EDMPrecond) else "get" if isinstance(model, GET) else "vit"
-    args = (train, test, network)
-    own = dict(teacher=cfg.num_steps, get=model.cfg.n_iter if kind == "get" else None, vit=None)[kind]
-    def how(k): return dict(teacher=dict(num_steps=k, sampler=cfg.sampler), get=dict(n_iter=k), vit={})[kind]
+    args, sweeps = (train, test, network), isinstance(model, (EDMPrecond, GET))
+    own = cfg.num_steps if isinstance(model, EDMPrecond) else model.cfg.n_iter if isinstance(model, GET) else None
+    def how(k): return dict(num_steps=k, sampler=cfg.sampler) if isinstance(model, EDMPrecond) else dict(n_iter=k) if sweeps else {}
     result, images, labels = measure(model, cfg, *args, **how(own))
-    sweep = [measure(model, cfg, *args, only_fd=True, **how(k))[0] for k in (cfg.sweep if kind != "vit" else ())]
+    sweep = [measure(model, cfg, *args, only_fd=True, **how(k))[0] for k in (cfg.sweep if sweeps else ())]
     if result is None: return None, None, None
-    result |= dict(kind=kind, name=model.config["name"], data=data, sweep=sweep)
+    result |= dict(kind=family(model), name=model.config["name"], data=data, sweep=sweep)
     result |= dict(distance=network.distance(data), protocol=protocol(data, network.kind, cfg.samples))
     result["copy_share"] = copy_share(images, train.images) if isinstance(train, ImageSet) else None
     return result, images, labels
@@ -247,10 +252,10 @@ def evaluation_table(result: dict) -> str:  # markdown
     columns = [{k: getattr(c, k) for k in Column.__dataclass_fields__} for c in columns]
     return table_markdown(dict(title=result["name"], columns=columns, rows=rows, notes=notes))
 
-# %% ../nbs/32_evaluate.ipynb #5b384055
+# %% ../nbs/32_evaluate.ipynb #b54319c2
 def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):  # raises FileError, UnsafeFileError, ConfigError
     "Draw n images with own or released weights and save them as .png (grid) or .npz (images, labels, seeds)."
-    model = load_kind(checkpoint, ("model", "teacher"), "which makes no images"); c = model.config
+    model = load_kind(checkpoint, ("model", "teacher", "one-step"), "which makes no images"); c = model.config
     how = {k: v for k, v in how.items() if v is not None}
     if "num_steps" in how and c["builder"] != "teacher": raise ConfigError(f"{checkpoint}: {c['name']} is one-step; --steps is for teachers")
     if "n_iter" in how and not isinstance(model, GET): raise ConfigError(f"{checkpoint}: {c['name']} does not iterate; --iterations is for GETs")

@@ -85,9 +85,9 @@ def load_tensors(path,                 # a file written by save_tensors
     if verify and tensors_digest(tensors, meta["info"]) != meta["sha256"]: raise FileError(f"{path}: damaged: its content does not match its sha256; restore it or make it again")
     return tensors, json.loads(meta["info"])
 
-# %% ../nbs/02_files.ipynb #d67ac11c
+# %% ../nbs/02_files.ipynb #ce162d45
 BUILDERS = {"model": ("get_nb.models", "create_model"), "teacher": ("get_nb.unet", "create_teacher"), "diffusers": ("get_nb.unet", "create_diffusers_teacher"),
-            "classifier": ("get_nb.metrics", "create_classifier")}
+            "classifier": ("get_nb.metrics", "create_classifier"), "one-step": ("get_nb.kd", "create_one_step")}
 
 def save_checkpoint(path,     # target, by custom *.safetensors
                     model,    # a module with `.config`, as made by create_model, create_teacher, create_classifier
