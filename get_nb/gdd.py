@@ -7,8 +7,8 @@ __all__ = ['INNATE', 'freeze_innate', 'parameters_by_kind', 'layer_activations',
            'update', 'sharpness', 'gan_step', 'gan_draw', 'means', 'train_gan', 'record_step', 'gan_history',
            'gan_health', 'OperatorFlops', 'gan_cost', 'relative_change']
 
-# %% ../nbs/41_gdd.ipynb #36e721a6
-import copy, math, re, time
+# %% ../nbs/41_gdd.ipynb #b028dad0
+import copy, json, math, re, time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -22,9 +22,9 @@ from torch.utils.flop_counter import flop_registry
 from .core import Fraction, config, progress, seed_everything, torch_rng
 from .discriminator import R1_GAMMA, discriminator_loss, generator_loss, r1_penalty
 from .evaluate import flops
-from .files import save_tensors
+from .files import load_tensors, save_tensors
 from .kd import stalled
-from .train import TrainingError, ema_decay, ema_update, flatten_state, last_good, learning_rate, read_state, restore_state
+from .train import TrainingError, checkpoints, code_digest, ema_decay, ema_update, find_state, last_good, learning_rate, optimizer_tensors, part_of, restore_optimizer
 
 # %% ../nbs/41_gdd.ipynb #2609ba1f
 INNATE = ("conv0", "conv1", "proj")     # kinds of layers that GDD-I freezes
@@ -81,7 +81,7 @@ class GanConfig:
     log_every: PositiveInt = 20                # steps per point of the curves
     monitor_every: PositiveInt = 250           # steps between two calls of the monitor
 
-# %% ../nbs/41_gdd.ipynb #6b7b8156
+# %% ../nbs/41_gdd.ipynb #a4b18b63
 def critic_rates(cfg: GanConfig):  # -> factor of the rate, beta2
     "What lazy R1 does to the critic's Adam: r1_every steps are followed by one more."
     lazy = cfg.r1_every / (cfg.r1_every + 1)
@@ -95,12 +95,15 @@ class Gan:
         trained = [p for p in generator.parameters() if p.requires_grad]
         self.opt_g = torch.optim.Adam(trained, cfg.lr, betas=(0., cfg.beta2))
         self.opt_d = torch.optim.Adam(discriminator.parameters(), cfg.lr_critic, betas=(0., critic_rates(cfg)[1]))
-        self.parts = dict(g=(generator, self.ema, self.opt_g), d=(discriminator, nn.Identity(), self.opt_d))
 
-    def tensors(self): return {f"{n}.{k}": v for n, part in self.parts.items() for k, v in flatten_state(*part).items()}
+    def tensors(self):
+        parts = dict(g=self.generator.state_dict(), ema=self.ema.state_dict(), d=self.discriminator.state_dict(),
+                     opt_g=optimizer_tensors(self.opt_g), opt_d=optimizer_tensors(self.opt_d))
+        return {f"{n}.{k}": v for n, part in parts.items() for k, v in part.items()}
+
     def restore(self, tensors):
-        for n, part in self.parts.items():
-            restore_state({k[2:]: v for k, v in tensors.items() if k.startswith(f"{n}.")}, *part)
+        for n, net in dict(g=self.generator, ema=self.ema, d=self.discriminator).items(): net.load_state_dict(part_of(tensors, f"{n}."))
+        for n, opt in dict(opt_g=self.opt_g, opt_d=self.opt_d).items(): restore_optimizer(opt, part_of(tensors, f"{n}."))
 
 # %% ../nbs/41_gdd.ipynb #adbc1acc
 def make_fakes(gan: Gan, noise, labels): return gan.generator.unrolled(noise, labels, n_iter=gan.cfg.n_iter)[-1]
@@ -151,7 +154,7 @@ def means(window: list) -> dict:
     "Mean of each number over a window of steps."
     return {k: sum(w[k] for w in window) / len(window) for k in window[0]}
 
-# %% ../nbs/41_gdd.ipynb #f0b3f9cc
+# %% ../nbs/41_gdd.ipynb #5a86c3f4
 def train_gan(generator, discriminator,   # trained in place
               real,                  # step -> real images (B, C, H, W), labels int64 (B,) or None
               shape, num_classes,    # of the images made; 0: unconditional
@@ -162,9 +165,10 @@ def train_gan(generator, discriminator,   # trained in place
               identity: dict = None,   # what else makes the run what it is
               desc: str = "gan"):    # -> ema generator, history; raises TrainingError, FileError
     "Train a one-step generator against a discriminator, resuming from `state_dir` if it holds a checkpoint."
-    gan, path = Gan(generator, discriminator, cfg), Path(state_dir or ".") / "state.safetensors"
-    device, what = next(generator.parameters()).device, asdict(cfg) | (identity or {})
-    tensors, info = read_state(path, what) if state_dir else (None, None)
+    gan, folder = Gan(generator, discriminator, cfg), Path(state_dir) if state_dir else None
+    device, what = next(generator.parameters()).device, json.loads(json.dumps(asdict(cfg) | (identity or {})))
+    path = find_state(folder, what)
+    tensors, info = load_tensors(path) if path else (None, None)
     if tensors: gan.restore(tensors)
     state = info["state"] if tensors else dict(step=0, curves=[], watched=[], window=[], seconds=0., resumed=[])
     if tensors: state["resumed"].append(state["step"])
@@ -174,13 +178,14 @@ def train_gan(generator, discriminator,   # trained in place
         seed_everything("gan step", cfg.seed, step)
         now = gan_step(gan, step, *to(*gan_draw(shape, num_classes, step, cfg)), *to(*real(step)), extra)
         if not all(math.isfinite(v) for v in now.values()):
-            raise TrainingError(f"{desc}: {now} at step {step}; {last_good(path, state_dir)}. Lower lr or lr_critic")
+            raise TrainingError(f"{desc}: {now} at step {step}; {last_good(folder)}. Lower lr or lr_critic")
         ema_update(gan.ema, gan.generator, ema_decay(step, cfg)); bar.update()
         record_step(state, now, step, cfg, lambda: monitor(gan.ema) if monitor else None)
         state["seconds"] = time.time() - began
         if state_dir and ((step + 1) % cfg.checkpoint_every == 0 or step + 1 == cfg.steps):
-            info = dict(kind="training", config=what, step=step + 1, state=dict(state, step=step + 1))
-            save_tensors(path, gan.tensors(), info)
+            info = dict(kind="training", config=what, code=code_digest(), step=step + 1, state=dict(state, step=step + 1))
+            save_tensors(folder / f"step-{step + 1:08d}.safetensors", gan.tensors(), info)
+            for old in checkpoints(folder)[2:]: old.unlink(missing_ok=True)
     bar.close()
     return gan.ema, gan_history(state)
 

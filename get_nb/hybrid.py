@@ -14,17 +14,17 @@ from .gdd import GanConfig, train_gan
 from .pairs import PairDataset
 from .train import batch_indices
 
-# %% ../nbs/42_hybrid.ipynb #5fec8277
+# %% ../nbs/42_hybrid.ipynb #0d0c38e6
 def pairs_term(pairs: PairDataset,
                cfg: DistillConfig,    # iterations and distance
                weight: float,         # lambda
                batch_size: int,       # pairs per step
                seed: int):            # of their order; -> (model, step) -> scalar
     "The pairs' loss as a function of model and step."
-    def loss_fn(model, step):
-        b, device = pairs.batch(batch_indices(len(pairs), batch_size, step, seed)), next(model.parameters()).device
+    def loss_fn(model, step, share=slice(None)):
+        b, device = pairs.batch(batch_indices(len(pairs), batch_size, step, seed)[share]), next(model.parameters()).device
         labels = b["label"].to(device) if model.config["num_classes"] else None
-        return weight * distill_loss(model, b["noise"].to(device), labels, b["image"].to(device), cfg)
+        return weight * distill_loss(model, b["noise"].to(device), labels, b["image"].float().to(device), cfg)
     return loss_fn
 
 # %% ../nbs/42_hybrid.ipynb #8f932de1

@@ -98,7 +98,7 @@ def progressive_batch(data: ImageSet, n: int, step: int, train_cfg: TrainConfig,
     noise = torch.randn(image.shape, generator=g)
     return image, labels if conditional else None, noise, torch.randint(n, (len(image),), generator=g)
 
-# %% ../nbs/40_progressive.ipynb #7bdbef3f
+# %% ../nbs/40_progressive.ipynb #fcdf554b
 def distill_progressively(teacher,            # denoiser, without dropout; not changed
                           data: ImageSet,     # real images to start from
                           cfg: ProgressiveConfig,
@@ -111,9 +111,9 @@ def distill_progressively(teacher,            # denoiser, without dropout; not c
     sigmas = edm_sigmas(cfg.start, cfg.sigma_min, cfg.sigma_max, cfg.rho, device)
     for n in step_counts(cfg):
         student = copy.deepcopy(teacher).requires_grad_(True)
-        def loss_fn(model, step, teacher=teacher, sigmas=sigmas, n=n):
+        def loss_fn(model, step, share, teacher=teacher, sigmas=sigmas, n=n):
             batch = progressive_batch(data, n, step, train_cfg, conditional)
-            image, labels, noise, place = (None if v is None else v.to(device) for v in batch)
+            image, labels, noise, place = (None if v is None else v[share].to(device) for v in batch)
             return progressive_loss(model, teacher, image, labels, noise, place, sigmas, cfg.weight)
         what = dict(identity or {}, progressive=asdict(cfg), conditional=conditional, data=data.name, student_steps=n)
         folder = Path(state_dir) / f"{n}" if state_dir else None
