@@ -126,7 +126,7 @@ class ViT(nn.Module):
         "The training interface that GET shares: a list of images with gradient."
         return [self(noise, labels)]
 
-# %% ../nbs/23_models.ipynb #a6dcb358
+# %% ../nbs/23_models.ipynb #a4855669
 class EquilibriumTransformer(ViT):
     "The parts of a GET and the map that it iterates."
     def __init__(self, cfg: GETConfig, num_classes: int, image_size: int, channels: int):
@@ -140,7 +140,7 @@ class EquilibriumTransformer(ViT):
 
     def start(self, noise):  # -> z0 (B, T, d)
         shape = (self.tokens, self.cfg.dim)
-        return normal_from_noise(noise, shape, self.cfg.z0_seed) if self.cfg.z0 == "normal" else noise.new_zeros(len(noise), *shape)
+        return normal_from_noise(noise, shape, self.cfg.z0_seed).to(noise.dtype) if self.cfg.z0 == "normal" else noise.new_zeros(len(noise), *shape)
 
     def prepare(self, noise, labels=None, z0=None):  # -> f or one map per iteration, z0, tensors that enter them
         "Everything that is computed once per image: injection, class vector, start."
@@ -157,11 +157,16 @@ class EquilibriumTransformer(ViT):
         if z0 is None: z0 = x if self.cfg.injection == "none" else self.start(noise)
         return f, z0, [*u, c]
 
+    def iterations(self, n_iter):  # -> int; raises ConfigError
+        n = self.cfg.n_iter if n_iter is None else n_iter
+        if not self.cfg.shared and n > self.cfg.n_iter: raise ConfigError(f"n_iter = {n}: weights are not shared, and there are {self.cfg.n_iter} copies")
+        return n
+
     def equilibrium_map(self, noise, labels=None):  # -> f: (B, T, d) -> (B, T, d); a list of maps when weights are not shared
         "The map whose fixed point is the state."
         return self.prepare(noise, labels)[0]
 
-# %% ../nbs/23_models.ipynb #31c5fdd1
+# %% ../nbs/23_models.ipynb #c74d793f
 class GET(EquilibriumTransformer):
     "Generative Equilibrium Transformer; released names and shapes."
     @contextmanager
@@ -169,11 +174,6 @@ class GET(EquilibriumTransformer):
         with parametrize.cached() if self.cfg.weight_norm != "none" else nullcontext():
             for m in self.deq_blocks.modules(): parametrize.is_parametrized(m) and m.weight
             yield
-
-    def iterations(self, n_iter):  # -> int; raises ConfigError
-        n = self.cfg.n_iter if n_iter is None else n_iter
-        if not self.cfg.shared and n > self.cfg.n_iter: raise ConfigError(f"n_iter = {n}: weights are not shared, and there are {self.cfg.n_iter} copies")
-        return n
 
     def find(self, f, z0, n_iter):  # -> z, SolverStats
         c = self.cfg

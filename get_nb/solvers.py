@@ -99,7 +99,7 @@ def fixed_point_iter(f,                        # the map; takes and returns the 
     step = lambda z, fz, tracker: fz if tau == 1 else z + tau * (fz - z)
     return iterate(f, z0, step, max_iter, tol, stop_mode, select)
 
-# %% ../nbs/21_solvers.ipynb #b418fc84
+# %% ../nbs/21_solvers.ipynb #f2ba587c
 class History:
     "Pairs of vectors from the last `window` steps, and the last accepted evaluation, per image."
     def __init__(self, z, window, growth):
@@ -120,7 +120,8 @@ class History:
 
     def settle(self, ok, *evaluation):  # z, r, f(z) and the size of r, each (B, ...)
         self.last = evaluation if self.last is None else [torch.where(ok, new, old) for new, old in zip(evaluation, self.last)]
-        self.plain, self.seen = ~ok, self.seen | ok
+        self.seen = self.seen | ok
+        self.plain = ~ok | ~(self.mask > 0).any(1, keepdim=True)      # is the step that follows a plain one?
 
     def dot(self, M, v):                # (B, used): products of v with the valid rows of M
         used = min(self.count, self.mask.shape[1])
