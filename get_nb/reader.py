@@ -92,7 +92,7 @@ class Machine(Notebook):
             for op, arg, self.pos in pickletools.genops(file):
                 if op.name == "STOP": return self.stack.pop()
                 self.step(op.name, arg)
-        except (IndexError, KeyError, ValueError, TypeError, EOFError, UnicodeDecodeError, OverflowError) as e:
+        except (IndexError, KeyError, ValueError, TypeError, EOFError, UnicodeDecodeError, OverflowError, RecursionError) as e:
             if isinstance(e, FileError): raise
             raise FileError(f"{self.where}, after byte {self.pos}: not a whole pickle ({type(e).__name__}: {e})") from None
 

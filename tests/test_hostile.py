@@ -93,6 +93,7 @@ PROGRAMS = {
     "a namespace that holds itself": op(b"\x8c\x08argparse\x8c\x09Namespace\x93)\x81\x94}\x8c\x01ah\x00sb"), "an allowed name with a callable for an argument": op(b"\x8c\x0bcollections\x8c\x0bOrderedDict\x93\x8c\x05posix\x8c\x06system\x93\x85R"),
     "a list that holds itself": op(b"]\x94h\x00a"), "a dictionary that holds itself": op(b"}\x94\x8c\x01ah\x00s"),
     "nested 100,000 deep": op(b"]" * 100_000 + b"a" * 99_999),
+    "a tuple nested 100,000 deep for a key": op(b"})" + b"\x85" * 100_000 + b"K\x01s"), "a name nested 100,000 deep": op(b")" + b"\x85" * 100_000 + b"K\x01\x93"),
     "nothing": b"", "only text": b"hello, I am not a pickle at all, but quite long",
 }
 
@@ -147,7 +148,8 @@ def test_a_hostile_pickle_is_refused_in_every_place_it_can_hide(name, here):
     assert not (here / "out").exists()
 
 
-BROKEN = {"memo of nothing", "no mark", "string that is not utf-8", "length of 2^63", "bytes that are not there", "BYTEARRAY8", "INT of many digits", "nothing", "only text"}
+BROKEN = {"memo of nothing", "no mark", "string that is not utf-8", "length of 2^63", "bytes that are not there", "BYTEARRAY8", "INT of many digits", "nothing", "only text",
+          "a tuple nested 100,000 deep for a key", "a name nested 100,000 deep"}
 
 
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in BROKEN])
