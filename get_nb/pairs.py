@@ -8,8 +8,8 @@ __all__ = ['NUMPY', 'OPEN', 'pair_noise', 'pair_label', 'draw_noise', 'PairsConf
            'generate_pairs', 'Shard', 'read_manifest', 'verify_pairs', 'PairDataset', 'pairs_info', 'merge_pairs',
            'link_or_copy']
 
-# %% ../nbs/13_pairs.ipynb #3383246a
-import json, os, shutil, sys, time
+# %% ../nbs/13_pairs.ipynb #205fa592
+import json, os, resource, shutil, sys, time
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -188,8 +188,9 @@ def generate_pairs(denoiser,          # teacher, eval mode
             if manifest := finish(folder, cfg): return manifest
             time.sleep(.1)      # others are still at it
 
-# %% ../nbs/13_pairs.ipynb #fd70608b
-NUMPY, OPEN = {"F32": np.float32, "F64": np.float64, "I64": np.int64}, 256
+# %% ../nbs/13_pairs.ipynb #8d287ee0
+NUMPY = {"F32": np.float32, "F64": np.float64, "I64": np.int64}
+OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)      # half of the files that this process may open
 
 class Shard:
     "An open safetensors file whose rows are read where they lie."

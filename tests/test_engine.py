@@ -203,3 +203,11 @@ def test_the_tensorboard_log_holds_each_point_of_the_curve_once_also_after_a_res
     assert [(e.step, pytest.approx(e.value, rel=1e-5)) for e in log.Scalars("loss")] == list(zip(history["step"], history["loss"]))
     assert {"lr", "weight"} <= set(log.Tags()["scalars"]) and "grid" in log.Tags()["images"]
     assert (tmp_path / "pictures/grid-00000050.png").is_file()
+
+
+def test_compiled_methods_are_used_while_training_and_gone_afterwards(alone, monkeypatch):
+    used, runs = [], []
+    monkeypatch.setattr(torch, "compile", lambda f, mode: lambda *args: used.append(mode) or f(*args))
+    ema, _ = toy.fit(None, compile="reduce-overhead", watch=lambda run: runs.append(run))
+    assert used == ["reduce-overhead"] * 50 and equal(ema.parameters(), alone[0])
+    assert "forward" not in vars(runs[0].model)
