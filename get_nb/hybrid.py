@@ -35,7 +35,7 @@ def real_batches(data: ImageSet, batch_size: int, seed: int, conditional: bool =
         return x, y if conditional else None
     return batch
 
-# %% ../nbs/42_hybrid.ipynb #22366553
+# %% ../nbs/42_hybrid.ipynb #c871dacb
 def refine(student,                 # one-step student, distilled; trained in place
            discriminator,
            pairs: PairDataset,
@@ -48,5 +48,6 @@ def refine(student,                 # one-step student, distilled; trained in pl
     c = student.config; shape = (c["channels"], c["image_size"], c["image_size"])
     term = pairs_term(pairs, distill_cfg, pair_weight, cfg.batch_size, cfg.seed) if pair_weight else None
     real = real_batches(data, cfg.batch_size, cfg.seed, bool(c["num_classes"]))
-    identity = dict(kw.pop("identity", None) or {}, distill=asdict(distill_cfg), pair_weight=pair_weight, pairs=[s["sha256"] for s in pairs.manifest["shards"]], model=c, data=data.name)
+    identity = dict(kw.pop("identity", None) or {}, distill=asdict(distill_cfg), pair_weight=pair_weight, model=c, data=data.name,
+                    pairs=[s["sha256"] for s in pairs.manifest["shards"]])
     return train_gan(student, discriminator, real, shape, c["num_classes"], cfg, term, identity=identity, **kw)
