@@ -129,8 +129,10 @@ def texture(u, v,     # coordinates that the pattern is fixed to
     patterns = [np.full_like(a, -1), np.full_like(a, -1), k * a, k * a * b, k * (a + b - .7) / 2]
     return np.clip(np.choose((5 * kind).astype(int), patterns), -1, 1) / 2 + .5
 
-# %% ../nbs/01_data.ipynb #0fd5947b
-def over(image, colour, alpha): return image + alpha[:, None] * (colour - image)    # (n, 3, H, W), colour, (n, H, W)
+# %% ../nbs/01_data.ipynb #9b3cc020
+def over(image, colour, alpha):  # (n, 3, H, W), the same or a colour per image, (n, H, W) in [0, 1] -> (n, 3, H, W)
+    "Lay a colour over an image."
+    return image + alpha[:, None] * (colour - image)
 
 def ground(p: dict, x, y, pixel):  # -> (n, 3, H, W)
     "A dark background with a pattern, in a hue far from the shape's."
@@ -150,7 +152,7 @@ def paint(p: dict, d, u, v, x, y, lx, ly, scale, pixel):  # -> (n, 3, H, W)
     share = texture(*local(u, v, 0, 0, 1, np.pi * p["turn"]), p["texture"], .8 + p["pitch"], pixel / scale)
     return over(np.broadcast_to(front, (*share.shape[:1], 3, *share.shape[1:])), accent, share) * np.clip(shade, .35, 1.35)[:, None]
 
-# %% ../nbs/01_data.ipynb #6c0370a7
+# %% ../nbs/01_data.ipynb #b9632e0b
 def render_shapes(p: dict,    # of draw_numbers
                   size: int,  # pixels per side
                  ):           # uint8 (n, 3, size, size), labels int (n,)
@@ -162,7 +164,8 @@ def render_shapes(p: dict,    # of draw_numbers
     lx, ly, mirror = np.cos(2 * np.pi * p["light"]), np.sin(2 * np.pi * p["light"]), np.where(p["mirror"] < .5, np.float32(-1), 1)
     image = ground(p, x, y, pixel)
     way, small = 2 * np.pi * p["other_place"], .2 + .16 * p["other_scale"]
-    behind = distances((16 * p["other"].ravel()).astype(int) % 10, *local(x, y, cx + .65 * np.cos(way), cy + .65 * np.sin(way), small, 2 * np.pi * p["other_angle"]))
+    there = local(x, y, cx + .65 * np.cos(way), cy + .65 * np.sin(way), small, 2 * np.pi * p["other_angle"])
+    behind = distances((16 * p["other"].ravel()).astype(int) % 10, *there)
     image = over(image, hsv(p["other_hue"], .4 + .5 * p["lit"], .5 + .3 * p["other_scale"]), cover(behind, small) * (p["other"] < 10 / 16))
     shadow = distances(labels, *local(x, y, cx - .13 * lx, cy - .13 * ly, scale, turn, mirror))
     image = over(image, np.float32(0), .55 * cover(shadow, scale, 4)) * (1 + .25 * (lx * x + ly * y))[:, None]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'BlockWeights', 'block_weights', 'Weights', 'gather', 'product', 'pack', 'Attend', 'attention', 'fast_block',
-           'token_addend', 'inject', 'iterate', 'decode', 'Compiled', 'Fast']
+           'token_addend', 'inject', 'iterate', 'decode', 'Compiled', 'Prepared', 'Fast']
 
 # %% ../nbs/25_fast.ipynb #d31f09bf
 from typing import NamedTuple
@@ -49,7 +49,7 @@ def gather(model, dtype) -> Weights:
                    inject=model.qkv_inj.weight.to(dtype).chunk(model.cfg.deq_depth) if is_get else (), deq=cast(model.deq_blocks) if is_get else (),
                    final=tuple(p.to(dtype) for p in (f.norm_final.weight, f.norm_final.bias, f.linear.weight, f.linear.bias)))
 
-# %% ../nbs/25_fast.ipynb #46a02341
+# %% ../nbs/25_fast.ipynb #3f02dfbe
 def product(x,           # (N, d)
             w,           # (e, d), plain or packed
             bias=None,   # (e,)
@@ -58,7 +58,7 @@ def product(x,           # (N, d)
            ):            # (N, e)
     "gelu(x w^T + bias) or x w^T + bias + add, in as few passes over memory as the library has."
     if add is not None and add.ndim == 1: bias, add = add, None
-    if w.is_mkldnn:
+    if not torch.compiler.is_compiling() and w.is_mkldnn:
         if add is not None: return torch.ops.mkldnn._linear_pointwise.binary(x, add, w, bias, "add")
         return torch.ops.mkldnn._linear_pointwise(x, w, bias, "gelu" if gelu else "none", [], "none")
     if add is not None and bias is None: return torch.addmm(add, x, w.t())
@@ -145,50 +145,56 @@ class Compiled:
             self.fast = None
             return self.f(*args)
 
-# %% ../nbs/25_fast.ipynb #b09052e1
-class Fast:
-    "A GET or ViT over the same parameters, with less work around its matrix products."
+# %% ../nbs/25_fast.ipynb #a9e08575
+class Prepared:
+    "A GET or ViT with its functions chosen and its weights cast; everything else is the model's own."
     def __init__(self, model,                          # GET or ViT
-                 precision: Precision = "float32",     # of tokens, states and matrix products; images are float32
+                 precision: Precision = "float32",     # "float32" or "bf16", of tokens, states and products; images are float32
                  compiled: bool = False):              # through torch.compile; raises ConfigError
         if precision not in ("float32", "bf16"): raise ConfigError(f"precision {precision!r}: choose from bf16, float32")
         self.model, self.dtype, self.versions = model, torch.bfloat16 if precision == "bf16" else torch.float32, None
-        wrap = Compiled if compiled else lambda f: f
-        self.inject, self.iterate, self.decode = wrap(inject), wrap(iterate), wrap(decode)
+        self.inject, self.iterate, self.decode = map(Compiled, (inject, iterate, decode)) if compiled else (inject, iterate, decode)
 
     def __getattr__(self, name): return getattr(self.__dict__["model"], name)       # config, parameters, cfg, ...
 
     def snapshot(self, noise) -> Weights:
         "Weights for sampling, cast and packed; made again whenever a parameter has changed."
         now = [(p.data_ptr(), p._version) for p in self.model.parameters()]
-        if now != self.versions:
-            self.versions, self.weights = now, gather(self.model, self.dtype)
-            if noise.device.type == "cpu" and self.inject is inject: self.weights = pack(self.weights, len(noise) * self.model.tokens)
+        if now == self.versions: return self.weights
+        self.versions, self.weights = now, gather(self.model, self.dtype)
+        if noise.device.type == "cpu" and self.inject is inject: self.weights = pack(self.weights, len(noise) * self.model.tokens)
         return self.weights
 
-    def prologue(self, w, noise, labels):  # -> tokens, the equilibrium map
-        heads, normalized = self.model.cfg.heads, getattr(self.model.cfg, "state", "") == "normalized"
-        x, addends = self.inject(w, noise, self.model.class_vector(labels, len(noise)), heads)
-        return x, lambda z: self.iterate(w, z, addends, heads, normalized)
+    def prologue(self, w: Weights, noise, labels):  # -> tokens (B, T, d), the equilibrium map
+        "What is computed once per image."
+        cfg = self.model.cfg
+        x, addends = self.inject(w, noise, self.model.class_vector(labels, len(noise)), cfg.heads)
+        return x, lambda z: self.iterate(w, z, addends, cfg.heads, getattr(cfg, "state", "") == "normalized")
 
-    def images(self, w, z): return self.decode(w, z, self.model.cfg.patch, self.model.channels)
+    def start(self, noise, z0): return (self.model.start(noise) if z0 is None else z0).to(self.dtype)
 
+    def images(self, w, *states): return self.decode(w, torch.cat(states), self.model.cfg.patch, self.model.channels)
+
+# %% ../nbs/25_fast.ipynb #f6f5a933
+class Fast(Prepared):
+    "A GET or ViT over the same parameters, with less work around its matrix products."
     def unrolled(self, noise, labels=None, z0=None, n_iter: int = 6, supervise=None):  # -> list of images (B, C, H, W)
         "The images after each supervised iteration, with gradient, decoded in one batch."
         w = gather(self.model, self.dtype)
         x, f = self.prologue(w, noise, labels)
         if not w.deq: return [self.images(w, x)]
-        states = unroll(f, (self.model.start(noise) if z0 is None else z0).to(self.dtype), n_iter, supervise)
-        def images(*z): return self.images(w, torch.cat(z))      # not kept but decoded again in the backward pass: it is cheap, and the states are there
-        return list(checkpoint(images, *states, use_reentrant=False).split(len(noise)))
+        states = unroll(f, self.start(noise, z0), n_iter, supervise)
+        # decoded again in the backward pass: that is cheap, and the states are kept anyway
+        images = checkpoint(self.images, w, *states, use_reentrant=False, preserve_rng_state=False)
+        return list(images.split(len(noise)))
 
     @torch.no_grad()
     def __call__(self, noise, labels=None, z0=None, n_iter: int = None):  # -> (B, C, H, W)
         "Images, found as the model's preset says; residuals are measured only if the preset needs them."
         w, cfg = self.snapshot(noise), self.model.cfg
-        z, f = self.prologue(w, noise, labels)
-        if not w.deq: return self.images(w, z)
-        z, n = (self.model.start(noise) if z0 is None else z0).to(self.dtype), n_iter or cfg.n_iter
+        x, f = self.prologue(w, noise, labels)
+        if not w.deq: return self.images(w, x)
+        z, n = self.start(noise, z0), n_iter or cfg.n_iter
         if cfg.tol is None and cfg.select == "last": return self.images(w, unroll(f, z, n, [n])[0])
         z, _ = fixed_point_iter(lambda z: f(z.to(self.dtype)).float(), z.float(), max_iter=n, tol=cfg.tol, stop_mode="abs", select=cfg.select)
         return self.images(w, z.to(self.dtype))
