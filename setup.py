@@ -19,6 +19,6 @@ setup(
     packages=find_packages(include=["get_nb", "get_nb.*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "perceptual", "diffusers", "tensorboard")},
+    extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "tensorboard", "perceptual", "diffusers", "gdd", "cluster")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -177,7 +177,7 @@ def test_the_command_line_evaluates_a_one_step_student_and_refuses_it_steps(tmp_
 
 
 def test_a_backbone_takes_local_weights_and_refuses_missing_and_damaged_ones(tmp_path):
-    timm = pytest.importorskip("timm")
+    import timm
     from safetensors.torch import save_file
     name = "tf_efficientnet_lite0"
     full = timm.create_model(name)

@@ -61,7 +61,6 @@ def test_the_sizes_of_the_gpu_profile_are_the_ones_it_names():
 
 
 def test_snakemake_sees_the_stages_of_a_profile(tmp_path):
-    pytest.importorskip("snakemake", reason="an extra: pip install snakemake")
     done = subprocess.run([sys.executable, "-m", "snakemake", "-n", "-s", ROOT / "workflow/Snakefile", "--config", "profile=smoke", f"runs={tmp_path}"], cwd=tmp_path, capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
@@ -70,7 +69,6 @@ def test_snakemake_sees_the_stages_of_a_profile(tmp_path):
 
 
 def test_snakemake_refuses_an_unknown_profile_in_one_line(tmp_path):
-    pytest.importorskip("snakemake", reason="an extra: pip install snakemake")
     done = subprocess.run([sys.executable, "-m", "snakemake", "-n", "-s", ROOT / "workflow/Snakefile", "--config", "profile=smok"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode != 0 and "did you mean 'smoke'" in done.stdout + done.stderr
 
