@@ -9,7 +9,7 @@ import yaml
 
 import released
 from conftest import ROOT, get_nb
-from get_nb import evaluate, pipeline, stages
+from get_nb import pipeline, stages
 from get_nb.core import seed_everything
 from get_nb.unet import create_teacher
 
@@ -19,7 +19,7 @@ SMALL = dict(
     student=dict(steps=2, batch_size=4, n_iter=2, checkpoint_every=1), evaluate=dict(samples=30, num_steps=2, sweep=[]))
 
 
-def run_here(stage, parameters, folder, label, cwd):
+def run_here(stage, parameters, folder, cwd):
     "What papermill does, without a kernel: the cells in order, parameters after theirs."
     names = {}
     for cell in json.loads(stage.notebook.read_text())["cells"]:
@@ -33,7 +33,7 @@ def run_here(stage, parameters, folder, label, cwd):
 def small_profile(path, files):
     "The paper's profile, every stage of it, with small numbers, made-up files, and the unconditional pairs imported."
     spec = copy.deepcopy(PAPER)
-    spec["defaults"] |= dict(data="cifar10-unverified", threads=1, device="cpu")
+    spec["defaults"] |= dict(data="cifar10-unverified", threads=1, device="cpu", features="classifier")
     for name, s in spec["stages"].items():
         s.setdefault("params", {})
         kind = s.get("notebook", name)
@@ -59,14 +59,11 @@ def paper(tmp_path_factory):
         released.write_edm(tmp / f"data/{name}.pkl", create_teacher(f"edm-cifar10-32x32-{kind}-vp", num_classes=n, base=8, mult=(1, 1, 1), blocks=1, attention=(), dropout=0.))
     released.write_pairs(tmp / "data/pairs", ["11", "7", "103"], 8, 0, (3, 32, 32))
     small_profile(tmp / "paper.yaml", tmp / "data")
-    measure = getattr(evaluate, "ms_per_image", None)
     with pytest.MonkeyPatch.context() as m:
         m.setenv("GET_NB_DATA", str(tmp / "data"))
         m.setenv("GET_NB_PROGRESS", "off")
         m.setenv("MPLBACKEND", "Agg")
         m.setattr(pipeline, "execute", run_here)
-        if hasattr(evaluate, "ms_per_image"):                # few images to time
-            m.setattr(evaluate, "ms_per_image", lambda model, conditional=True, **how: measure(model, 4, 1, conditional, **how))
         m.setattr(stages, "code_hashes", functools.lru_cache(None)(stages.code_hashes))
         threads = torch.get_num_threads()
         folder = pipeline.run_profile(ROOT, str(tmp / "paper.yaml"), runs=tmp / "runs")
