@@ -100,7 +100,7 @@ def ema_update(ema, model, decay: float):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers()): a.copy_(b)
 
-# %% ../nbs/03_train.ipynb #22822c85
+# %% ../nbs/03_train.ipynb #154f4e8b
 class Alone:
     "What a single process answers where accelerate would ask the others."
     num_processes, process_index = 1, 0
@@ -113,7 +113,7 @@ def join_processes(device, timeout: float = 600):  # device of the model; second
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return Alone()
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-    kw = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
+    kw = [DistributedDataParallelKwargs(gradient_as_bucket_view=True), InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
     return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=kw)     # precision is `autocast`'s business
 
 # %% ../nbs/03_train.ipynb #a451eb67
