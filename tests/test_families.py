@@ -147,7 +147,7 @@ def test_an_unconditional_generator_and_critic_train_without_labels():
 
 
 def test_a_run_in_which_the_critic_wins_is_reported():
-    cfg = GanConfig(**{**CFG.__dict__, "steps": 60, "lr": 1e-9, "lr_critic": 5e-2, "r1_gamma": 0., "log_every": 5})
+    cfg = GanConfig(**{**CFG.__dict__, "steps": 120, "lr": 1e-9, "lr_critic": 5e-2, "r1_gamma": 0., "log_every": 5})
     _, history = train_gan(generator(), critic(), batch_of_noise_and_digits, (1, 8, 8), 10, cfg)
     assert any("the critic wins" in line for line in gan_health(history)), history["curves"]["right"][-1]
 
