@@ -89,7 +89,7 @@ def test_the_container_and_the_cluster_profile_are_in_step():
 
 def test_a_price_names_its_sources_and_refuses_what_it_does_not_know():
     done = get_nb("price", "--gpus", 2, "--set", "peak=3e14")
-    assert done.returncode == 0 and "| peak | 3e+14 | given |" in done.stdout and "hours, 2 GPUs" in done.stdout
+    assert done.returncode == 0 and "| peak | 3e+14 | given |" in done.stdout and "on 2 GPUs, predicted" in done.stdout
     for args, hint in ((["--set", "peek=3e14"], "did you mean 'peak'"), (["--set", "peak"], "NAME=NUMBER"), (["--record", "nothing.json"], "no such record")):
         done = get_nb("price", *args)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and hint in done.stderr, done.stderr
