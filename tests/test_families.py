@@ -20,7 +20,7 @@ from get_nb.models import create_model
 from get_nb.pairs import PairDataset, PairsConfig, generate_pairs
 from get_nb.progressive import ProgressiveConfig, distill_progressively
 from get_nb.stages import load_profile
-from get_nb.train import TrainConfig, TrainingError
+from get_nb.train import TrainConfig, TrainingError, checkpoints
 from get_nb.unet import create_teacher
 
 SHAPE = dict(num_classes=10, image_size=8, channels=1)
@@ -81,7 +81,7 @@ def test_a_stopped_hybrid_ends_with_the_bits_of_one_that_was_not(pairs, tmp_path
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "twice", stopped(at))
     _, again = run(tmp_path / "twice", batch)
-    assert same(*(load_tensors(tmp_path / f / "state.safetensors")[0] for f in ("once", "twice")))
+    assert same(*(load_tensors(checkpoints(tmp_path / f)[0])[0] for f in ("once", "twice")))
     assert once["curves"] == again["curves"] and once["monitor"] == again["monitor"] and again["resumed_at"] == ([at // 2 * 2] if at > 1 else [])
 
 
