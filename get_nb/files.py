@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BUILDERS', 'WEIGHTS', 'atomic_path', 'write_json', 'sha256_file', 'FileError', 'UnsafeFileError', 'tensors_digest',
-           'save_tensors', 'load_tensors', 'save_checkpoint', 'read_checkpoint', 'fit_weights', 'load_checkpoint',
-           'load_weights', 'Weights', 'weights_folder', 'find_weights', 'read_weights']
+           'save_tensors', 'load_tensors', 'part_of', 'optimizer_tensors', 'restore_optimizer', 'save_checkpoint',
+           'read_checkpoint', 'fit_weights', 'load_checkpoint', 'load_weights', 'Weights', 'weights_folder',
+           'find_weights', 'read_weights']
 
 # %% ../nbs/02_files.ipynb #1e44e10f
 import hashlib, importlib, json, os, pickle
@@ -84,6 +85,26 @@ def load_tensors(path,                 # a file written by save_tensors
     except (ValueError, KeyError, TypeError): raise FileError(f"{path}: damaged: its header cannot be read; restore it or make it again") from None
     if verify and tensors_digest(tensors, meta["info"]) != meta["sha256"]: raise FileError(f"{path}: damaged: its content does not match its sha256; restore it or make it again")
     return tensors, json.loads(meta["info"])
+
+# %% ../nbs/02_files.ipynb #e5ed7499
+def part_of(tensors: dict, prefix: str) -> dict:
+    "The tensors under a prefix, without it."
+    return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+def optimizer_tensors(optimizer) -> dict:  # "parameter.name" -> tensor
+    "An optimizer's moments and step counts."
+    return {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+
+def restore_optimizer(optimizer, tensors: dict):
+    "Put the tensors of `optimizer_tensors` back."
+    import torch
+    state = optimizer.state_dict(); state["state"] = {}
+    for k, v in tensors.items():
+        i, name = k.split(".", 1)
+        state["state"].setdefault(int(i), {})[name] = v
+    optimizer.load_state_dict(state)
+    for p, s in optimizer.state.items():    # moments must lie in memory as their weights do: the fused step pairs them by address
+        s.update({k: torch.empty_like(p).copy_(v) for k, v in s.items() if v.shape == p.shape})
 
 # %% ../nbs/02_files.ipynb #ce162d45
 BUILDERS = {"model": ("get_nb.models", "create_model"), "teacher": ("get_nb.unet", "create_teacher"), "diffusers": ("get_nb.unet", "create_diffusers_teacher"),

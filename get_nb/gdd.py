@@ -7,7 +7,7 @@ __all__ = ['INNATE', 'freeze_innate', 'parameters_by_kind', 'layer_activations',
            'update', 'sharpness', 'gan_step', 'gan_draw', 'means', 'train_gan', 'record_step', 'gan_history',
            'gan_health', 'OperatorFlops', 'gan_cost', 'relative_change']
 
-# %% ../nbs/41_gdd.ipynb #b028dad0
+# %% ../nbs/41_gdd.ipynb #74cd5ce1
 import copy, json, math, re, time
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +22,9 @@ from torch.utils.flop_counter import flop_registry
 from .core import Fraction, config, progress, seed_everything, torch_rng
 from .discriminator import R1_GAMMA, discriminator_loss, generator_loss, r1_penalty
 from .evaluate import flops
-from .files import load_tensors, save_tensors
+from .files import load_tensors, optimizer_tensors, part_of, restore_optimizer, save_tensors
 from .kd import stalled
-from .train import TrainingError, checkpoints, code_digest, ema_decay, ema_update, find_state, last_good, learning_rate, optimizer_tensors, part_of, restore_optimizer
+from .train import TrainingError, checkpoints, code_digest, ema_decay, ema_update, find_state, last_good, learning_rate
 
 # %% ../nbs/41_gdd.ipynb #2609ba1f
 INNATE = ("conv0", "conv1", "proj")     # kinds of layers that GDD-I freezes
@@ -105,8 +105,10 @@ class Gan:
         for n, net in dict(g=self.generator, ema=self.ema, d=self.discriminator).items(): net.load_state_dict(part_of(tensors, f"{n}."))
         for n, opt in dict(opt_g=self.opt_g, opt_d=self.opt_d).items(): restore_optimizer(opt, part_of(tensors, f"{n}."))
 
-# %% ../nbs/41_gdd.ipynb #adbc1acc
-def make_fakes(gan: Gan, noise, labels): return gan.generator.unrolled(noise, labels, n_iter=gan.cfg.n_iter)[-1]
+# %% ../nbs/41_gdd.ipynb #dcfc3f2a
+def make_fakes(gan: Gan, noise, labels):  # -> (B, C, H, W), with gradient
+    "What the generator paints; of a GET, its last iterate."
+    return gan.generator.unrolled(noise, labels, n_iter=gan.cfg.n_iter)[-1]
 
 def update(optimizer, loss, lr: float) -> None:
     "One step of one optimizer at this rate."

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OPERATION', 'TrainConfig', 'learning_rate', 'epoch_order', 'batch_indices', 'shares', 'ema_decay', 'ema_update',
            'Alone', 'join_processes', 'Loss', 'compiled', 'TrainingError', 'Run', 'make_optimizer', 'start_run',
-           'optimizer_tensors', 'restore_optimizer', 'flatten_state', 'part_of', 'restore_state', 'checkpoints',
-           'last_good', 'code_digest', 'save_state', 'find_state', 'load_state', 'train_step', 'is_bad', 'settle',
-           'Stopped', 'on_sigterm', 'roll_back', 'advance', 'loop', 'report', 'train']
+           'flatten_state', 'restore_state', 'checkpoints', 'last_good', 'code_digest', 'save_state', 'find_state',
+           'load_state', 'train_step', 'is_bad', 'settle', 'Stopped', 'on_sigterm', 'roll_back', 'advance', 'loop',
+           'report', 'train']
 
-# %% ../nbs/03_train.ipynb #9855a0a5
+# %% ../nbs/03_train.ipynb #e4655596
 import copy, hashlib, json, math, os, signal, sys, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 import get_nb
 from .core import ConfigError, Fraction, Precision, autocast, config, is_main, progress, rng, seed_everything
-from .files import FileError, load_tensors, save_tensors
+from .files import FileError, load_tensors, optimizer_tensors, part_of, restore_optimizer, save_tensors
 
 # %% ../nbs/03_train.ipynb #ab0a7eac
 @config
@@ -179,31 +179,12 @@ def start_run(model, loss_fn, cfg: TrainConfig, state_dir, identity, desc) -> Ru
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     return Run(model, loss, emas, make_optimizer(model, cfg), scaler, processes, cfg, folder, json.loads(json.dumps(what)), desc)
 
-# %% ../nbs/03_train.ipynb #293fc7d4
-def optimizer_tensors(optimizer) -> dict:  # "parameter.name" -> tensor
-    "An optimizer's moments and step counts."
-    return {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-
-def restore_optimizer(optimizer, tensors: dict):
-    "Put the tensors of `optimizer_tensors` back."
-    state = optimizer.state_dict(); state["state"] = {}
-    for k, v in tensors.items():
-        i, name = k.split(".", 1)
-        state["state"].setdefault(int(i), {})[name] = v
-    optimizer.load_state_dict(state)
-    for p, s in optimizer.state.items():        # moments must lie in memory as their weights do (channels-last, say): the fused step pairs them by address
-        s.update({k: torch.empty_like(p).copy_(v) for k, v in s.items() if v.shape == p.shape})
-
-# %% ../nbs/03_train.ipynb #611e5e88
+# %% ../nbs/03_train.ipynb #e5aeffdb
 def flatten_state(run: Run) -> dict:
     "Everything that training changes, as named tensors."
     parts = [("model.", run.model.state_dict())] + [(f"ema{i or ''}.", e.state_dict()) for i, e in enumerate(run.emas.values())]
     parts.append(("optimizer.", optimizer_tensors(run.optimizer)))
     return {prefix + k: v for prefix, tensors in parts for k, v in tensors.items()}
-
-def part_of(tensors: dict, prefix: str) -> dict:
-    "The tensors under a prefix, without it."
-    return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 def restore_state(tensors: dict, run: Run):
     "Put the tensors of `flatten_state` back."
