@@ -82,10 +82,10 @@ def execute(stage: Stage, parameters: dict, folder: Path, cwd: Path):  # raises 
                          "run the same command to go on from the last checkpoint") from None
     finally: progress_file.unlink(missing_ok=True); write_page(notebook)
 
-# %% ../nbs/50_pipeline.ipynb #b3cf2d77
-def run_stage(stage: Stage, root: Path, runs: Path, fresh: bool = False) -> dict:  # the stamp; raises StageError
-    "Run one stage and stamp it."
-    folder, key, began = runs / stage.name, stage_key(stage, runs), time.time()
+# %% ../nbs/50_pipeline.ipynb #db717d87
+def run_stage(stage: Stage, key: dict, root: Path, runs: Path, fresh: bool = False) -> dict:  # the stamp; raises StageError
+    "Run one stage and stamp it; `key` is of `stage_key`."
+    folder, began = runs / stage.name, time.time()
     prepare_folder(folder, key, fresh)
     parameters = dict(stage.params, out=str(folder))
     if stage.inputs: parameters["inputs"] = {role: str(runs / s) for role, s in stage.inputs.items()}
@@ -125,7 +125,7 @@ def in_thread(function, *args) -> Future:
     threading.Thread(target=work, daemon=True).start()
     return future
 
-# %% ../nbs/50_pipeline.ipynb #aa88bd37
+# %% ../nbs/50_pipeline.ipynb #2e7bbb2a
 class Scheduler:
     "Starts the stages of a profile whose turn it is, as many as fit, and takes note of how they end."
     def __init__(self, stages: dict, root: Path, runs: Path, cores: int, again: tuple):
@@ -143,7 +143,8 @@ class Scheduler:
             if not self.reason(s): print(f"{self.label(s.name)}: holds"); del self.waiting[s.name]; continue
             if sum(cores_of(self.stages[n], self.cores) for n in self.running) + cores_of(s, self.cores) > self.cores: continue
             print(f"{self.label(s.name)}: running ({self.reason(s)})", flush=True)
-            self.running[s.name] = in_thread(run_stage, s, self.root, self.runs, s.name in self.again)
+            key = stage_key(s, self.runs)       # here, not in the thread: ast.parse of Python 3.11 fails now and then in two threads at once
+            self.running[s.name] = in_thread(run_stage, s, key, self.root, self.runs, s.name in self.again)
             del self.waiting[s.name]
 
     def finish(self):

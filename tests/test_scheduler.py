@@ -18,13 +18,14 @@ def run(monkeypatch, tmp_path):
     def run(stages, work, cores):
         log = []
 
-        def fake(s, root, runs, fresh):
+        def fake(s, key, root, runs, fresh):
             log.append(f"{s.name} starts")
             work(s.name)
             log.append(f"{s.name} ends")
             return dict(seconds=0)
         monkeypatch.setattr(pipeline, "run_stage", fake)
         monkeypatch.setattr(pipeline, "why_run", lambda s, runs: "test")
+        monkeypatch.setattr(pipeline, "stage_key", lambda s, runs: {})
         monkeypatch.setattr(pipeline, "load_profile", lambda root, name: {s.name: s for s in stages})
         error = None
         try:
