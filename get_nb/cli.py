@@ -42,44 +42,47 @@ def main(args=None):  # exits with 0, 1 or 2
     except pipeline.StageError as e: fail(1, e)
     except OSError as e: fail(2, f"{e.filename or ''}: {e.strerror or e}")
 
-# %% ../nbs/51_cli.ipynb #2f7e775b
+# %% ../nbs/51_cli.ipynb #bd2688e2
 def options(*names):
     "Options that several commands share."
     known = dict(profile=click.option("--profile", default="cpu", show_default=True, help="Profile: a name in nbs/paper/profiles, or a yaml file."),
                  stage=click.option("--stage", help="Only this stage, and what it needs."),
                  group=click.option("--group", help="Only the stages of this group, and what they need."),
                  root=click.option("--root", type=click.Path(), help="The clone; by default found from the working directory upwards."),
+                 keep=click.option("--keep", is_flag=True, help="Keep finished stages whose code alone has changed, and say which; their records go on naming the code that made them."),
                  runs=click.option("--runs", type=click.Path(), help="Folder for runs; by default runs/ in the clone."))
     def wrap(f):
         for n in reversed(names): f = known[n](f)
         return f
     return wrap
 
-# %% ../nbs/51_cli.ipynb #a34c0fca
+# %% ../nbs/51_cli.ipynb #7796871a
 @cli.command()
-@options("profile", "stage", "group", "root", "runs")
+@options("profile", "stage", "group", "root", "runs", "keep")
 @click.option("--dry-run", is_flag=True, help="Say what would run and why, and what it costs, and stop.")
 @click.option("--fresh", is_flag=True, help="Run selected stages even if they hold, from the start.")
 @click.option("--cores", type=click.IntRange(1), help="Cores to share among stages; by default as many as the largest stage has threads.")
 @click.option("--redraw", is_flag=True, help="Only draw tables and figures, from the published records.")
-def reproduce(profile, stage, group, root, runs, dry_run, fresh, cores, redraw):
+def reproduce(profile, stage, group, root, runs, keep, dry_run, fresh, cores, redraw):
     "Train, generate, evaluate and draw: everything of a profile that does not hold yet."
     root = find_root(root)
-    if dry_run: list_stages(root, profile, stage, group, runs); return show_price(root, profile, stage, group)
+    if dry_run:
+        list_stages(root, profile, stage, group, runs, keep)
+        return show_price(root, profile, stage, group)
     if redraw: return pipeline.redraw(root, profile, runs)
-    folder = pipeline.run_profile(root, profile, stage, group, fresh, runs, cores)
+    folder = pipeline.run_profile(root, profile, stage, group, fresh, runs, cores, keep)
     click.echo(pipeline.compare_tables(folder, root / "results" / Path(profile).stem, chain.select(chain.load_profile(root, profile), stage, group)))
     click.echo(f"pages to read: {folder}/*/notebook.html")
 
-# %% ../nbs/51_cli.ipynb #563e29d1
-def list_stages(root, profile, stage=None, group=None, runs=None):
+# %% ../nbs/51_cli.ipynb #0254adeb
+def list_stages(root, profile, stage=None, group=None, runs=None, keep=False):
     "Print each stage, how long it took (here, or when it was published), and whether it holds."
     name = Path(profile).stem; folder, manifest = Path(runs or root / "runs") / name, root / "results" / name / "manifest.json"
     published = json.loads(manifest.read_text())["stages"] if manifest.is_file() else {}
     stale = set()
     for s in chain.select(chain.load_profile(root, profile), stage, group).values():
         stamp = chain.read_stamp(folder / s.name) or published.get(s.name)
-        took, reason = f"{stamp['seconds']:7.1f} s" if stamp else " " * 9, chain.why_run(s, folder)
+        took, reason = f"{stamp['seconds']:7.1f} s" if stamp else " " * 9, chain.why_run(s, folder, keep)
         first = next((n for n in s.needs if n in stale), None)
         if reason or first: stale.add(s.name)
         click.echo(f"{s.name:28} {took}  {reason or (f'holds, unless {first} comes out different' if first else 'holds')}")
@@ -91,16 +94,16 @@ def show_price(root, profile, stage=None, group=None):
     click.echo("\n" + price_table(selected, measured_rates(root / "results"), this_machine()))
 
 @cli.command()
-@options("profile", "stage", "group", "root", "runs")
-def stages(profile, stage, group, root, runs):
+@options("profile", "stage", "group", "root", "runs", "keep")
+def stages(profile, stage, group, root, runs, keep):
     "List the stages of a profile and whether they hold."
-    list_stages(find_root(root), profile, stage, group, runs)
+    list_stages(find_root(root), profile, stage, group, runs, keep)
 
 @cli.command()
-@options("profile", "group", "root", "runs")
-def publish(profile, group, root, runs):
+@options("profile", "group", "root", "runs", "keep")
+def publish(profile, group, root, runs, keep):
     "Copy records, tables and figures of finished stages into results/<profile>."
-    click.echo(pipeline.publish(find_root(root), profile, group, runs))
+    click.echo(pipeline.publish(find_root(root), profile, group, runs, keep))
 
 # %% ../nbs/51_cli.ipynb #eb8070e1
 @cli.command()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DistillConfig', 'iterations_of', 'state_penalties', 'distill_loss', 'distill']
 
-# %% ../nbs/31_distill.ipynb #963c2840
+# %% ../nbs/31_distill.ipynb #00d0f65d
 from dataclasses import asdict
 from typing import Literal
 
@@ -13,7 +13,8 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from .core import ConfigError, Fraction, Ints, config, rng
-from .deq import correction_weights, jacobian_penalty, residual_penalty, supervised
+from .deq import correction_weights, supervised
+from .jacobian import jacobian_penalty, residual_penalty
 from .losses import get_loss
 from .pairs import PairDataset
 from .train import TrainConfig, batch_indices, train

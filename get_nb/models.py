@@ -6,7 +6,7 @@
 __all__ = ['MODELS', 'BUILT', 'mix64', 'normal_from_noise', 'TransformerConfig', 'GETConfig', 'check_get', 'ViT',
            'EquilibriumTransformer', 'GET', 'create_model', 'with_options', 'solver_overhead']
 
-# %% ../nbs/23_models.ipynb #44849d9f
+# %% ../nbs/23_models.ipynb #8edcf477
 import copy, math, statistics, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .core import ConfigError, build_config, config, nearest
-from .deq import equilibrium, gate, normalize_state, normalize_weights, unroll, unroll_constant
-from .layers import AdaptiveBlock, Block, FinalLayer, LabelEmbed, PatchEmbed, init_transformer, sincos_2d, unpatchify
+from .deq import equilibrium, gate, normalize_state, unroll, unroll_constant
+from .layers import AdaptiveBlock, Block, FinalLayer, LabelEmbed, PatchEmbed, init_transformer, normalize_weights, sincos_2d, unpatchify
 
 # %% ../nbs/23_models.ipynb #354d8e47
 def mix64(x):  # int64 -> int64

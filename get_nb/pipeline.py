@@ -125,22 +125,26 @@ def in_thread(function, *args) -> Future:
     threading.Thread(target=work, daemon=True).start()
     return future
 
-# %% ../nbs/50_pipeline.ipynb #2e7bbb2a
+# %% ../nbs/50_pipeline.ipynb #d724801e
 class Scheduler:
     "Starts the stages of a profile whose turn it is, as many as fit, and takes note of how they end."
-    def __init__(self, stages: dict, root: Path, runs: Path, cores: int, again: tuple):
-        self.stages, self.root, self.runs, self.cores, self.again = stages, root, runs, cores, again
+    def __init__(self, stages: dict, root: Path, runs: Path, cores: int, again: tuple, keep: bool = False):
+        self.stages, self.root, self.runs, self.cores, self.again, self.keep = stages, root, runs, cores, again, keep
         self.waiting, self.reasons, self.running, self.failed = dict(stages), {}, {}, []
 
     def label(self, name): return f"[{list(self.stages).index(name) + 1}/{len(self.stages)}] {name}"
     def reason(self, s):  # why it must run, found out once, when all it needs is there
-        if s.name not in self.reasons: self.reasons[s.name] = "asked for" if s.name in self.again else why_run(s, self.runs)
+        if s.name not in self.reasons: self.reasons[s.name] = "asked for" if s.name in self.again else why_run(s, self.runs, self.keep)
         return self.reasons[s.name]
 
     def start(self):
         for s in list(self.waiting.values()):
             if any(n in self.waiting or n in self.running for n in s.needs): continue
-            if not self.reason(s): print(f"{self.label(s.name)}: holds"); del self.waiting[s.name]; continue
+            if not self.reason(s):
+                older = why_run(s, self.runs) if self.keep else ""
+                print(f"{self.label(s.name)}: {f'kept ({older})' if older else 'holds'}")
+                del self.waiting[s.name]
+                continue
             if sum(cores_of(self.stages[n], self.cores) for n in self.running) + cores_of(s, self.cores) > self.cores: continue
             print(f"{self.label(s.name)}: running ({self.reason(s)})", flush=True)
             key = stage_key(s, self.runs)       # here, not in the thread: ast.parse of Python 3.11 fails now and then in two threads at once
@@ -154,7 +158,7 @@ class Scheduler:
             self.failed.append(error); self.waiting.clear()
             if self.running: print(f"{self.label(name)}: failed ({error}); waiting for {', '.join(self.running)}", flush=True)
 
-# %% ../nbs/50_pipeline.ipynb #5a7a9bce
+# %% ../nbs/50_pipeline.ipynb #882336ae
 def run_profile(root: Path,     # the clone
                 profile: str,   # its name, or a yaml file
                 stage=None,     # only this one, and what it needs
@@ -162,6 +166,7 @@ def run_profile(root: Path,     # the clone
                 fresh=False,    # run what is selected even if it holds
                 runs=None,      # folder for runs; by default runs/ in the clone
                 cores=None,     # to share among stages; by default as many as the largest has threads
+                keep=False,     # keep finished stages whose code alone has changed, and say so
                ) -> Path:       # folder of this profile's runs; raises ConfigError, StageError
     "Run every selected stage whose stamp does not hold."
     stages = select(load_profile(root, profile), stage, group)
@@ -170,7 +175,7 @@ def run_profile(root: Path,     # the clone
     except Timeout:
         raise ConfigError(f"{folder} is in use by another run; wait for it, or name another folder with --runs") from None
     cores = cores or max(s.params.get("threads", 1) for s in stages.values()) or 1
-    todo = Scheduler(stages, root, folder, cores, tuple(n for n in stages if fresh and stage in (None, n)))
+    todo = Scheduler(stages, root, folder, cores, tuple(n for n in stages if fresh and stage in (None, n)), keep)
     bar = tqdm(leave=False, bar_format="{desc} {elapsed}", mininterval=.5, disable=None)      # on a terminal only
     try:
         register_engine()
@@ -236,13 +241,13 @@ def publish_stage(stage: Stage, runs: Path, new: Path) -> dict:  # entry of the 
     kept = ("notebook", "key", "seed", "seconds", "python", "packages", "hardware")
     return {k: stamp[k] for k in kept} | dict(group=stage.group, files=files)
 
-# %% ../nbs/50_pipeline.ipynb #2ce6a45a
-def publish(root: Path, profile: str, group=None, runs=None) -> str:  # one line; raises ConfigError
-    "Copy records, tables and figures of a profile or group into results/<profile>."
+# %% ../nbs/50_pipeline.ipynb #c2318e4a
+def publish(root: Path, profile: str, group=None, runs=None, keep: bool = False) -> str:  # one line; raises ConfigError
+    "Copy records, tables and figures of a profile or group into results/<profile>; `keep` as in run_profile."
     name, stages = Path(profile).stem, select(load_profile(root, profile), group=group)
     folder, target = Path(runs or root / "runs") / name, root / "results" / name
     for s in stages.values():
-        reason = why_run(s, folder)
+        reason = why_run(s, folder, keep)
         if reason: raise ConfigError(f"stage {s.name} does not hold ({reason}): run 'get-nb reproduce --profile {profile}' first")
     new, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")
     if old.is_dir() and not target.is_dir(): os.replace(old, target)      # an earlier publish was killed between its two renames

@@ -6,7 +6,7 @@
 __all__ = ['TYPES', 'STAGE_KEYS', 'WIRING', 'IGNORED', 'canonical', 'code_hash', 'code_cells', 'imported_rooms', 'code_hashes',
            'declared_parameters', 'yaml_hint', 'check_parameters', 'leaves', 'Stage', 'fill', 'repeat', 'read_profile',
            'make_stage', 'load_profile', 'is_record', 'stage_outputs', 'read_stamp', 'input_hashes', 'stage_key',
-           'difference', 'why_run', 'select']
+           'difference', 'older_code', 'why_run', 'select']
 
 # %% ../nbs/49_stages.ipynb #12549035
 import ast, hashlib, json, re
@@ -242,13 +242,22 @@ def difference(old: dict, new: dict) -> str:
         if changed: return f"{part} changed: {', '.join(changed[:3])}"
     return ""
 
-# %% ../nbs/49_stages.ipynb #d506f1d2
-def why_run(stage: Stage, runs: Path) -> str:
-    "Why a stage has to run; empty when its stamp holds."
+# %% ../nbs/49_stages.ipynb #e2a67337
+def older_code(old: dict, new: dict) -> bool:
+    "Do two keys differ in code alone? A parameter that only one of them knows belongs to the code."
+    shared = old["params"].keys() & new["params"].keys()
+    return all(old["params"][k] == new["params"][k] for k in shared) and all(old.get(part, {}) == new[part] for part in ("rows", "inputs"))
+
+def why_run(stage: Stage,        # of a profile
+            runs: Path,          # its folder of runs
+            keep: bool = False,  # does a result of older code hold? (never a table or figure)
+           ) -> str:             # empty: it holds
+    "Why a stage has to run."
     stamp = read_stamp(runs / stage.name)
     if stamp is None: return "never finished" if (runs / stage.name).is_dir() else "not run yet"
-    reason = difference(stamp["key"], stage_key(stage, runs))
-    if reason: return reason
+    key = stage_key(stage, runs)
+    reason = difference(stamp["key"], key)
+    if reason and not (keep and not stage.draws and older_code(stamp["key"], key)): return reason
     now = stage_outputs(runs / stage.name, stamp["outputs"])
     lost = [f for f, v in stamp["outputs"].items() if now.get(f, {}).get("sha256") != v["sha256"]]
     return f"output {lost[0]} is gone or changed" if lost else ""
