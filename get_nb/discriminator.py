@@ -93,23 +93,25 @@ class Projection(nn.Module):
             mixed.append(above := scale(m))
         return mixed[::-1]
 
-# %% ../nbs/38_discriminator.ipynb #e1a77571
+# %% ../nbs/38_discriminator.ipynb #b7f493d2
 class Head(nn.Module):
     "Logits of one scale: (B, dim, h, h), labels -> (B,)."
     def __init__(self, dim: int, width: int, size: int, num_classes: int):
         super().__init__()
-        halvings = max(1, round(math.log2(size / 4)))
-        inputs = [dim, *[width] * (halvings - 1)]
-        layers = [spectral_norm(nn.Conv2d(c, width, 4, stride=2, padding=1)) for c in inputs]
-        layers.append(spectral_norm(nn.Conv2d(width, width, 3, padding=1)))
-        self.body = nn.Sequential(*(m for layer in layers for m in (layer, nn.LeakyReLU(.2))))
-        self.logit = spectral_norm(nn.Conv2d(width, 1, 1))
+        halvings = max(0, round(math.log2(size / 4)))
+        inputs, end = [dim, *[width] * halvings], size // 2**halvings
+        convs = [nn.Conv2d(c, width, 4, stride=2, padding=1) for c in inputs[:halvings]]
+        convs.append(nn.Conv2d(inputs[-1], width, 3, padding=1))
+        def block(conv): return spectral_norm(conv), nn.GroupNorm(math.gcd(4, width), width), nn.LeakyReLU(.2)
+        self.body = nn.Sequential(*(m for conv in convs for m in block(conv)))
+        self.logit = spectral_norm(nn.Conv2d(width, 1, end))
+        self.whole = spectral_norm(nn.Conv2d(width, width, end)) if num_classes else None
         self.classes = spectral_norm(nn.Embedding(num_classes, width)) if num_classes else None
 
     def forward(self, m, labels=None):
         h = self.body(m)
-        logit = self.logit(h).mean((1, 2, 3))
-        return logit if self.classes is None else logit + (self.classes(labels) * h.mean((2, 3))).sum(1)
+        logit = self.logit(h).flatten()
+        return logit if self.classes is None else logit + (self.classes(labels) * self.whole(h).flatten(1)).sum(1)
 
 # %% ../nbs/38_discriminator.ipynb #c0631903
 @config

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, get_nb
 from get_nb.core import ConfigError, seed_everything
 from get_nb.data import load_data
-from get_nb.discriminator import ClassifierPyramid, Discriminator, DiscriminatorConfig, TimmPyramid
+from get_nb.discriminator import ClassifierPyramid, Discriminator, DiscriminatorConfig, Head, TimmPyramid
 from get_nb.distill import DistillConfig
 from get_nb.evaluate import cost, family, training_cost
 from get_nb.files import FileError, load_checkpoint, load_tensors, save_checkpoint
@@ -182,6 +182,14 @@ def test_a_backbone_takes_local_weights_and_refuses_missing_and_damaged_ones(tmp
         TimmPyramid("vgg16_bn", tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'vgg16_bn'"):
         TimmPyramid("vgg16", tmp_path)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 7, 8, 14, 56])
+@pytest.mark.parametrize("width", [6, 8])
+def test_a_head_reads_a_map_of_any_size_into_one_logit_per_image(size, width):
+    head = Head(width, width, size, 10)
+    assert head(torch.randn(3, width, size, size), torch.tensor([0, 1, 2])).shape == (3,)
+    assert head.logit.weight.shape[-1] <= 4 and head.logit.weight.shape == (1, width, *head.whole.weight.shape[2:])
 
 
 def test_costs_are_counted_a_frozen_layer_saves_some_and_a_pair_term_adds_its_own(pairs):
