@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INNATE', 'freeze_innate', 'parameters_by_kind', 'layer_activations', 'GanConfig', 'critic_rates', 'Gan', 'make_fakes',
            'update', 'sharpness', 'gan_step', 'gan_draw', 'means', 'train_gan', 'record_step', 'gan_history',
-           'gan_health', 'OperatorFlops', 'gan_cost', 'relative_change']
+           'gan_health', 'gan_cost', 'relative_change']
 
-# %% ../nbs/41_gdd.ipynb #74cd5ce1
+# %% ../nbs/41_gdd.ipynb #86d3bd69
 import copy, json, math, re, time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,8 +16,6 @@ from typing import Literal
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from .core import Fraction, config, progress, seed_everything, torch_rng
 from .discriminator import R1_GAMMA, discriminator_loss, generator_loss, r1_penalty
@@ -220,18 +218,7 @@ def gan_health(history: dict) -> list:  # messages; empty when all is well
     if diversity < .6: found.append(f"mode loss: images of a batch differ {diversity:.0%} as much as real ones")
     return found + stalled(history["monitor"]["step"], history["monitor"]["fd"], "FD on the critic's features")
 
-# %% ../nbs/41_gdd.ipynb #42486c27
-class OperatorFlops(TorchDispatchMode):
-    "Counts floating-point operations by torch's own formulas, operator by operator."
-    def __init__(self): super().__init__(); self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula: self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-# %% ../nbs/41_gdd.ipynb #1c47bc96
+# %% ../nbs/41_gdd.ipynb #22050216
 def gan_cost(generator, discriminator, real, labels, cfg: GanConfig, extra=None) -> float:  # GFLOP per image and step
     "Counted cost of adversarial training; `extra` is counted as a call of its own on the same batch size."
     gan = Gan(copy.deepcopy(generator), discriminator, cfg)
@@ -242,9 +229,9 @@ def gan_cost(generator, discriminator, real, labels, cfg: GanConfig, extra=None)
     def critic_step(): discriminator_loss(discriminator(real, labels), discriminator(real, labels)).backward()
     discriminator.requires_grad_(False); total = flops(generator_step); discriminator.requires_grad_(True)
     total += flops(critic_step)
-    with OperatorFlops() as r1: r1_penalty(discriminator, real, labels).backward()
+    r1 = flops(lambda: r1_penalty(discriminator, real, labels).backward())
     discriminator.zero_grad()
-    return (total + r1.total / cfg.r1_every) / len(real) / 1e9
+    return (total + r1 / cfg.r1_every) / len(real) / 1e9
 
 # %% ../nbs/41_gdd.ipynb #00788002
 @torch.no_grad()
