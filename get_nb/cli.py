@@ -118,21 +118,25 @@ def sample(weights, n, seed, labels, iterations, steps, out):
     sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps)
     click.echo(f"{out}: {n} images from seeds {seed}..{seed + n - 1}")
 
-# %% ../nbs/51_cli.ipynb #3a91f2e1
+# %% ../nbs/51_cli.ipynb #1fe6ed32
 @cli.command()
 @click.argument("weights", type=click.Path())
 @click.option("--classifier", type=click.Path(), help="Checkpoint of another feature network, e.g. runs/cpu/classifier/classifier.safetensors; by default Inception.")
 @click.option("--data", help="Data set to compare with; by default the one of this image size: digits or cifar10.")
 @click.option("--train-stats", type=click.Path(), help="Statistics of the training split, .npz with mu and sigma, instead of its images.")
 @click.option("--test-stats", type=click.Path(), help="Statistics of the test split, likewise.")
-@click.option("--n", type=click.IntRange(10), help="Number of images; by default 50,000, and 5,000 with a classifier.")
+@click.option("--samples", "--n", "n", type=click.IntRange(10),
+              help="Number of images; by default 50,000, and 5,000 with a classifier. (Under torchrun write --samples: it takes --n for its own.)")
 @click.option("--unconditional", is_flag=True, help="Give no labels to a conditional teacher.")
 @click.option("--steps", type=click.IntRange(1), help="Heun steps of a teacher; by default 18.")
 @click.option("--batch", default=500, show_default=True, type=click.IntRange(1), help="Images per forward pass.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "out", type=click.Path(dir_okay=False), help="File for the json; by default it goes to stdout.")
 def evaluate(weights, classifier, data, train_stats, test_stats, n, unconditional, steps, batch, device, out):
-    "FID, KID, IS, precision, recall and cost of own (.safetensors) or released weights (GET's .pth, EDM's .pkl), against both splits."
+    """FID, KID, IS, precision, recall and cost of own (.safetensors) or released weights (GET's .pth, EDM's .pkl), against both splits.
+
+    On 8 GPUs: torchrun --nproc-per-node 8 $(which get-nb) evaluate WEIGHTS --samples 50000
+    """
     from get_nb.evaluate import evaluate_checkpoint, evaluation_table
     result = evaluate_checkpoint(weights, classifier or "inception", data, n, dict(train=train_stats, test=test_stats), unconditional, steps, batch, device)
     if result is None: return

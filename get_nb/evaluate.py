@@ -240,7 +240,7 @@ def evaluate_checkpoint(path,                 # .safetensors, .pth or .pkl
                      num_steps=steps or 18, conditional=not unconditional and bool(classes))
     return evaluate(model.to(device), cfg, train, test, network, name)[0]
 
-# %% ../nbs/32_evaluate.ipynb #c03bdbd7
+# %% ../nbs/32_evaluate.ipynb #076b702c
 def evaluation_table(result: dict) -> str:  # markdown
     "What `evaluate` measured, to be read."
     digits, keys = 5 if result["distance"] == "FID" else 2, ("fd", "kid", "precision", "recall")
@@ -252,7 +252,7 @@ def evaluation_table(result: dict) -> str:  # markdown
     shares = {"class accuracy": result["class_accuracy"], "nearer to a training image than its nearest neighbour is": result["copy_share"]}
     notes = [result["protocol"], f"Inception score {score:.2f} ± {deviation:.2f} over splits",
              *(f"{name}: {100 * v:.1f}% of the images" for name, v in shares.items() if v is not None),
-             f"{result['evaluations']} evaluations, {result['gmac']:.4g} GMAC and {result['ms_per_image']:.3g} ms per image; {result['parameters']:,} parameters"]
+             f"{result['evaluations']} evaluation{'s' if result['evaluations'] > 1 else ''}, {result['gmac']:.4g} GMAC and {result['ms_per_image']:.3g} ms per image; {result['parameters']:,} parameters"]
     columns = [{k: getattr(c, k) for k in Column.__dataclass_fields__} for c in columns]
     return table_markdown(dict(title=result["name"], columns=columns, rows=rows, notes=notes))
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['NUMPY', 'OPEN', 'pair_noise', 'pair_label', 'draw_noise', 'PairsConfig', 'sample_pairs', 'shard_seeds', 'recipe_of',
            'refuse_other_recipe', 'claim', 'write_shard', 'make_missing', 'shard_digest', 'remembered', 'finish',
-           'generate_pairs', 'Shard', 'read_manifest', 'verify_pairs', 'PairDataset', 'pairs_info', 'merge_pairs',
-           'link_or_copy']
+           'generate_pairs', 'Shard', 'read_manifest', 'is_entry', 'verify_pairs', 'PairDataset', 'pairs_info',
+           'merge_pairs', 'link_or_copy']
 
-# %% ../nbs/13_pairs.ipynb #205fa592
-import json, os, resource, shutil, sys, time
+# %% ../nbs/13_pairs.ipynb #3105d732
+import json, os, re, resource, shutil, sys, time
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -131,7 +131,7 @@ def make_missing(denoiser, folder: Path, cfg: PairsConfig, bar):
             bar.n = sum(len(seeds[n]) for n in seeds.keys() & set(os.listdir(folder)))      # by all workers
             bar.refresh()
 
-# %% ../nbs/13_pairs.ipynb #42dc9c6f
+# %% ../nbs/13_pairs.ipynb #800f632f
 def shard_digest(path: Path,      # of a shard
                  known: dict,     # file -> [size, time, sha256], brought up to date
                  check=None,      # called with the path before an unknown digest is believed
@@ -147,8 +147,8 @@ def shard_digest(path: Path,      # of a shard
 def remembered(folder: Path, afresh: bool = False):  # yields the dict `known` of shard_digest
     "What is known of a folder's shards; kept for the next time if the folder can be written to."
     path = folder / ".verified.json"
-    try: known = {} if afresh else json.loads(path.read_text())
-    except (OSError, ValueError): known = {}
+    try: known = {} if afresh else dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError): known = {}
     before = dict(known)
     try: yield known
     finally:
@@ -220,15 +220,27 @@ class Shard:
 
     def cut(self): raise FileError(f"{self.path}: shorter than its header says; delete it and make the pairs again")
 
-# %% ../nbs/13_pairs.ipynb #e01aa6c6
+# %% ../nbs/13_pairs.ipynb #baa31527
 def read_manifest(folder) -> dict:  # raises FileError
     "The manifest of a folder of pairs."
     path = Path(folder) / "manifest.json"
     if not path.is_file(): raise FileError(f"{path}: no such file: {folder} is not a finished folder of pairs")
-    try: manifest = json.loads(path.read_text())
-    except ValueError as e: raise FileError(f"{path}: not json ({e}); make the pairs again, finished shards are kept") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != "pairs" or manifest.get("schema") != 1: raise FileError(f"{path}: not a manifest of pairs of schema 1")
-    return manifest
+    try: m = json.loads(path.read_text())
+    except (ValueError, RecursionError) as e:
+        raise FileError(f"{path}: not json ({e}); make the pairs again, finished shards are kept") from None
+    if not isinstance(m, dict) or m.get("kind") != "pairs" or m.get("schema") != 1:
+        raise FileError(f"{path}: not a manifest of pairs of schema 1")
+    recipe, shards = m.get("recipe"), m.get("shards")
+    if not isinstance(recipe, dict) or not {"shape", "num_classes"} <= recipe.keys():
+        raise FileError(f"{path}: damaged: its recipe names no shape and number of classes")
+    if not isinstance(shards, list) or not shards or not all(map(is_entry, shards)):
+        raise FileError(f"{path}: damaged: its list of shards is not one of files in this folder, their pairs and sha256")
+    return m
+
+def is_entry(s) -> bool:
+    "Does a manifest's entry name a shard of its own folder?"
+    if not isinstance(s, dict) or not isinstance(s.get("file"), str) or not isinstance(s.get("sha256"), str): return False
+    return re.fullmatch(r"[\w-]+\.safetensors", s["file"]) is not None and type(s.get("pairs")) is int and s["pairs"] > 0
 
 def verify_pairs(folder, afresh: bool = False) -> list:  # hash again what was checked before? -> messages, one per shard that is wrong; raises FileError
     "Check every shard of a folder against the manifest."
@@ -269,7 +281,7 @@ class PairDataset:
             if "noise" not in shard.tensors: out["noise"][at] = [pair_noise(int(i), self.shape) for i in out["seed"][at]]
         return {k: torch.from_numpy(v) for k, v in out.items()}
 
-# %% ../nbs/13_pairs.ipynb #47ec0771
+# %% ../nbs/13_pairs.ipynb #9cd73d46
 def pairs_info(folder) -> dict:  # raises FileError
     "What a folder of pairs holds, in a few numbers."
     m, folder = read_manifest(folder), Path(folder)
@@ -288,6 +300,7 @@ def merge_pairs(folders,   # of pairs, at least one
     for f, m in parts:
         differs = [k for k in first["recipe"] if k not in free and m["recipe"].get(k) != first["recipe"][k]]
         if differs: raise FileError(f"{f}: made with {differs[0]} = {m['recipe'].get(differs[0])!r}, {parts[0][0]} with {first['recipe'][differs[0]]!r}: pairs of different recipes are not merged")
+        if any("first_seed" not in s for s in m["shards"]): raise FileError(f"{f}: imported pairs have no seeds; they are not merged")
         if wrong := verify_pairs(f): raise FileError(wrong[0])
     shards = sorted(((s["first_seed"], s, f) for f, m in parts for s in m["shards"]), key=lambda x: x[0])
     for (a, s, f), (b, _, g) in zip(shards, shards[1:]):
