@@ -21,7 +21,7 @@ from .models import MODELS, create_model
 from .reader import MAGIC, Node, read_pickle, read_torch, resolve, short
 from .unet import create_teacher, load_diffusers
 
-# %% ../nbs/24_checkpoints.ipynb #6b27a9a0
+# %% ../nbs/24_checkpoints.ipynb #aad900b8
 def finite_tensors(state, path) -> dict:  # name -> tensor; raises FileError
     "A state dict of floating-point tensors, none of them empty, without NaN or infinity."
     if not isinstance(state, dict) or not state: raise FileError(f"{path}: holds no state dict")
@@ -30,7 +30,8 @@ def finite_tensors(state, path) -> dict:  # name -> tensor; raises FileError
             raise FileError(f"{path}: {short(k)} is a {type(v).__name__}, not a tensor")
         if not v.is_floating_point() or not v.numel():
             raise FileError(f"{path}: {short(k)} is a tensor of {v.dtype}, shape {tuple(v.shape)}: no weights")
-        if not v.isfinite().all(): raise FileError(f"{path}: {short(k)} holds values that are not numbers (NaN or infinity)")
+        if not v.isfinite().all():
+            raise FileError(f"{path}: {short(k)} holds values that are not numbers (NaN or infinity)")
     return state
 
 def find_preset(state: dict, path) -> dict:  # arguments of create_model; raises FileError
@@ -58,15 +59,17 @@ def load_reference_get(path):  # -> GET or ViT with the EMA weights, eval mode; 
     model = create_model(**find_preset(state, path))
     return fit_weights(model, state, path).eval()
 
-# %% ../nbs/24_checkpoints.ipynb #bdef2dbf
+# %% ../nbs/24_checkpoints.ipynb #c5ecdc40
 PERSISTENT, MODULE_DICT = "torch_utils.persistence._reconstruct_persistent_obj", "torch.nn.modules.container.ModuleDict"
 
 def module_state(node, path) -> tuple:  # class name, __dict__ of the module; raises FileError
     "What a pickled module says of itself."
-    if isinstance(node, Node) and node.name == MODULE_DICT and isinstance(node.state, dict): return "ModuleDict", node.state
+    if isinstance(node, Node) and node.name == MODULE_DICT and isinstance(node.state, dict):
+        return "ModuleDict", node.state
     if isinstance(node, Node) and node.name == PERSISTENT and len(node.args) == 1 and isinstance(node.args[0], dict):
         meta = node.args[0]
-        if isinstance(meta.get("class_name"), str) and isinstance(meta.get("state"), dict): return meta["class_name"], meta["state"]
+        if isinstance(meta.get("class_name"), str) and isinstance(meta.get("state"), dict):
+            return meta["class_name"], meta["state"]
     raise FileError(f"{path}: a module in it is not described in the way that EDM's pickles do")
 
 def module_tensors(node, path) -> dict:  # name -> tensor; raises FileError
@@ -79,10 +82,11 @@ def module_tensors(node, path) -> dict:  # name -> tensor; raises FileError
         out |= {f"{prefix}{k}": v for p in ("_parameters", "_buffers") for k, v in part[p].items() if v is not None}
         todo += [(f"{prefix}{k}.", v) for k, v in part["_modules"].items() if v is not None]
         count += 1
-        if count + len(todo) > MOST_MODULES: raise FileError(f"{path}: more than {MOST_MODULES:,} modules, or one inside of many")
+        if count + len(todo) > MOST_MODULES:
+            raise FileError(f"{path}: more than {MOST_MODULES:,} modules, or one inside of many")
     return out
 
-# %% ../nbs/24_checkpoints.ipynb #7b1a549a
+# %% ../nbs/24_checkpoints.ipynb #73e6ef1b
 MOST_MODULES = 10_000       # released networks have about 400
 KINDS = {("positional", "standard", 1, (1, 1)): "vp", ("fourier", "residual", 2, (1, 3, 3, 1)): "ve"}
 DEFAULTS = dict(            # of EDMPrecond and SongUNet [NVlabs/edm, training/networks.py]
@@ -94,7 +98,8 @@ def constructor(init: dict, path) -> dict:  # name -> number, text, or tuple of 
     "Arguments that a released network was constructed with, defaults included."
     def plain(k, v):
         if isinstance(v, (int, float, str)) and len(str(v)) <= 40: return v
-        if isinstance(v, (list, tuple)) and len(v) <= 16 and all(type(x) is int and x < 2**16 for x in v): return tuple(v)
+        if isinstance(v, (list, tuple)) and len(v) <= 16 and all(type(x) is int and x < 2**16 for x in v):
+            return tuple(v)
         raise FileError(f"{path}: constructor argument {short(k)} is of no kind that it takes: {short(v)}")
     named = (*DEFAULTS, "model_type", "img_resolution", "img_channels")
     return {k: plain(k, v) for k, v in (DEFAULTS | init).items() if k in named}
@@ -139,7 +144,7 @@ def load_edm_pickle(path):  # -> denoiser with the EMA weights, eval mode; raise
         raise FileError(f"{path}: its network cannot be built: {' '.join(str(e).split())[:200]}") from None
     return fit_weights(create_teacher(**kw), tensors, path).eval()
 
-# %% ../nbs/24_checkpoints.ipynb #8527ee74
+# %% ../nbs/24_checkpoints.ipynb #06268e78
 def numbered(folder: Path) -> dict:  # number -> file, in order; raises FileError
     "The *.pkl files of a folder by the last number in their names."
     out = {}
@@ -153,7 +158,8 @@ def numbered(folder: Path) -> dict:  # number -> file, in order; raises FileErro
 def pair_files(src) -> list:  # of (latent file, image file); raises FileError
     "The files of a folder of released pairs, in order."
     latent, image = numbered(Path(src) / "latent"), numbered(Path(src) / "image")
-    if not latent or not image: raise FileError(f"{src}: not a folder of released pairs: it needs latent/*.pkl and image/*.pkl")
+    if not latent or not image:
+        raise FileError(f"{src}: not a folder of released pairs: it needs latent/*.pkl and image/*.pkl")
     for n in sorted(latent.keys() ^ image.keys()):
         other = "image" if n in latent else "latent"
         raise FileError(f"{latent.get(n) or image.get(n)}: there is no file {n} in {other}/ to go with it")
@@ -212,7 +218,7 @@ def stamps(paths) -> list:
     "Size and time of files: what changes when somebody writes to them."
     return [(p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
 
-# %% ../nbs/24_checkpoints.ipynb #e19ce92b
+# %% ../nbs/24_checkpoints.ipynb #24f1ad9c
 def import_reference_pairs(src,                      # folder with latent/ and image/
                            folder,                   # where our shards and manifest go; an unfinished import there is gone on with
                            shard_size: int = 1250,   # pairs per file of ours: what memory holds at a time (CIFAR-10, float64: 46 MB)
@@ -230,7 +236,8 @@ def import_reference_pairs(src,                      # folder with latent/ and i
             if not imported(path, recipe):
                 save_tensors(path, pairs_shard(latent, image, start, shard_size), dict(kind="pairs", recipe=recipe))
             shards.append(dict(file=path.name, pairs=min(shard_size, len(e) - start), sha256=sha256_file(path)))
-        if stamps((latent, image)) != before: raise FileError(f"{latent} or {image.name}: changed while it was read; import again")
+        if stamps((latent, image)) != before:
+            raise FileError(f"{latent} or {image.name}: changed while it was read; import again")
     recipe = dict(same, n=sum(s["pairs"] for s in shards), source="released pairs")
     manifest = dict(kind="pairs", schema=1, recipe=recipe, shards=shards)
     write_json(folder / "manifest.json", manifest)
@@ -251,7 +258,7 @@ def recognise(path) -> str:  # "pairs", "diffusers", "get", "edm"; raises FileEr
     if head[8:9] == b"{": raise FileError(f"{path}: already a safetensors file: nothing to import")
     raise FileError(f"{path}: neither a released GET (.pth), an EDM pickle (.pkl) nor a folder of released pairs")
 
-# %% ../nbs/24_checkpoints.ipynb #ebd83bc9
+# %% ../nbs/24_checkpoints.ipynb #8dd65fa2
 def import_file(path,          # a released GET, an EDM pickle, a folder of released pairs, or a diffusers pipeline
                 out=None,      # where to; None: its name, in the working directory
                ) -> str:       # what was made, in one line; raises UnsafeFileError, FileError, ConfigError
@@ -259,7 +266,8 @@ def import_file(path,          # a released GET, an EDM pickle, a folder of rele
     kind, path = recognise(path), Path(path)
     out = Path(out or (f"{path.resolve().name}-imported" if kind == "pairs" else f"{path.stem}.safetensors"))
     if kind == "pairs":
-        if out.resolve() == path.resolve(): raise ConfigError(f"--out {out}: is the folder that is imported; name another")
+        if out.resolve() == path.resolve():
+            raise ConfigError(f"--out {out}: is the folder that is imported; name another")
         recipe = import_reference_pairs(path, out)["recipe"]
         classes, dtype = recipe["num_classes"] or "no", recipe["dtype"].removeprefix("torch.")
         return f"{out}: {recipe['n']:,} pairs of shape {tuple(recipe['shape'])}, {classes} classes, images {dtype}"

@@ -72,7 +72,7 @@ def save_tensors(path,            # target, by custom *.safetensors
     with atomic_path(path) as tmp: save_file(tensors, tmp, metadata=header)
     return digest
 
-# %% ../nbs/02_files.ipynb #ea629ed8
+# %% ../nbs/02_files.ipynb #eafb299b
 def load_tensors(path,                 # a file written by save_tensors
                  verify: bool = True,  # check the digest
                 ):                     # tensors, info; raises FileError
@@ -82,7 +82,8 @@ def load_tensors(path,                 # a file written by save_tensors
     try:
         with safe_open(path, "pt") as f:
             meta, tensors = (f.metadata() or {}).get("get_nb"), {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError, ValueError) as e: raise FileError(f"{path}: not a whole safetensors file ({str(e)[:200]})") from None
+    except (SafetensorError, OSError, ValueError) as e:
+        raise FileError(f"{path}: not a whole safetensors file ({str(e)[:200]})") from None
     if meta is None: raise FileError(f"{path}: a safetensors file, but not one of ours: its header lacks 'get_nb'")
     advice = "restore it or make it again"
     try:
@@ -128,7 +129,7 @@ def save_checkpoint(path,     # target, by custom *.safetensors
     "Write a model's weights and configuration."
     return save_tensors(path, model.state_dict(), dict(kind="checkpoint", schema=1, config=model.config, meta=meta))
 
-# %% ../nbs/02_files.ipynb #48f45167
+# %% ../nbs/02_files.ipynb #870f8f1c
 def read_checkpoint(path):  # -> tensors, info; raises FileError
     "A checkpoint's tensors and description, checked."
     tensors, info = load_tensors(path)
@@ -141,7 +142,8 @@ def read_checkpoint(path):  # -> tensors, info; raises FileError
 def check_fit(own: dict, tensors: dict, path):  # raises FileError
     "Are these the names and shapes of a model's state dict? Missing, surplus or misshapen tensors are named."
     for what, names in (("lacks", own.keys() - tensors.keys()), ("has surplus", tensors.keys() - own.keys())):
-        if names: raise FileError(f"{path}: {what} {len(names)} tensors, e.g. {min(names)[:80]}: made for another model")
+        if names:
+            raise FileError(f"{path}: {what} {len(names)} tensors, e.g. {min(names)[:80]}: made for another model")
     for k, v in own.items():
         if v.shape != tensors[k].shape:
             raise FileError(f"{path}: {k} has shape {tuple(tensors[k].shape)}, the model's is {tuple(v.shape)}")
@@ -152,7 +154,7 @@ def fit_weights(model, tensors, path):  # -> model; raises FileError
     model.load_state_dict(tensors)
     return model
 
-# %% ../nbs/02_files.ipynb #0e55546a
+# %% ../nbs/02_files.ipynb #d1318914
 def load_checkpoint(path):  # -> nn.Module in eval mode, with `.config` and `.meta`; raises FileError
     "Build the model that a checkpoint describes and load its weights."
     tensors, info = read_checkpoint(path)
@@ -162,7 +164,8 @@ def load_checkpoint(path):  # -> nn.Module in eval mode, with `.config` and `.me
         raise FileError(f"{path}: unknown builder {str(builder)[:80]!r}{nearest(str(builder), BUILDERS)}")
     module, function = BUILDERS[builder]
     if "pretrained" in config: raise UnsafeFileError(f"{path}: its configuration names another file to load; refused")
-    try: model = getattr(importlib.import_module(module), function)(**{k: v for k, v in config.items() if k != "builder"})
+    try:
+        model = getattr(importlib.import_module(module), function)(**{k: v for k, v in config.items() if k != "builder"})
     except (ConfigError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as e:
         raise FileError(f"{path}: its model cannot be built: {' '.join(str(e).split())[:200]}") from None
     fit_weights(model, tensors, path).eval()

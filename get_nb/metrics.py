@@ -218,14 +218,15 @@ def compare(generated,           # uint8 (N, C, H, W), or what the network made 
     out |= dict(kid=kid.get("kernel_inception_distance_mean"), kid_std=kid.get("kernel_inception_distance_std"))
     return out | dict(precision=prc.get("precision"), recall=prc.get("recall"))
 
-# %% ../nbs/04_metrics.ipynb #093ac75d
+# %% ../nbs/04_metrics.ipynb #5097857c
 def load_statistics(path) -> dict:  # mu (d,), sigma (d, d), float64; raises FileError
     "Precomputed statistics of a reference set, of an npz file with `mu` and `sigma` [NVlabs/edm, pytorch-fid]."
     if not Path(path).is_file(): raise FileError(f"{path}: no such file")
     try:
         with open(path, "rb") as f:
             size = sum(i.file_size for i in zipfile.ZipFile(f).infolist())
-            if size > 2**29: raise ValueError(f"it would unpack to {size:,} bytes")       # 2,048 features need 34 million
+            if size > 2**29:
+                raise ValueError(f"it would unpack to {size:,} bytes")       # 2,048 features need 34 million
             f.seek(0)
             found = np.load(f, allow_pickle=False)
             s = {k: np.asarray(found[k]) for k in ("mu", "sigma")}

@@ -53,7 +53,7 @@ def short(v) -> str:
     if isinstance(v, (str, bytes)): return repr(v[:80])
     return repr(v) if isinstance(v, (int, float, type(None))) else f"a {type(v).__name__}"
 
-# %% ../nbs/06_reader.ipynb #dbc18c96
+# %% ../nbs/06_reader.ipynb #553f4d50
 class Notebook:
     "The memory of the machine: a stack, a memo, and the rules for what may be put where."
     def __init__(self, where: str, persistent=None, allowed=ALLOWED):
@@ -76,7 +76,8 @@ class Notebook:
         return items
 
     def name(self, module, name):
-        if not isinstance(module, str) or not isinstance(name, str): self.refuse("names something by other things than texts")
+        if not isinstance(module, str) or not isinstance(name, str):
+            self.refuse("names something by other things than texts")
         full = f"{module}.{name}"
         if full not in self.allowed: self.refuse(f"names {short(full)}, which no supported layout needs")
         return Token(full)
@@ -85,7 +86,8 @@ class Notebook:
         d = target.items if isinstance(target, Node) else target
         if not isinstance(d, dict): self.refuse("sets items of something that is not a dictionary")
         for k, v in pairs:
-            if not isinstance(k, (str, int, float, bytes, type(None))): self.refuse(f"uses a {type(k).__name__} as a key")
+            if not isinstance(k, (str, int, float, bytes, type(None))):
+                self.refuse(f"uses a {type(k).__name__} as a key")
             d[k] = v
 
     def extend(self, target, items):
@@ -93,7 +95,8 @@ class Notebook:
         target.extend(items)
 
     def note(self, token, args):
-        if not isinstance(token, Token) or not isinstance(args, tuple): self.refuse("calls something that is not a name")
+        if not isinstance(token, Token) or not isinstance(args, tuple):
+            self.refuse("calls something that is not a name")
         return Node(token.name, args)
 
     def build(self, node, state):
@@ -147,7 +150,7 @@ def read_pickle(file,              # binary file at the start of a pickle, or by
     "Read a pickle without running it."
     return Machine(where, persistent, allowed).run(io.BytesIO(file) if isinstance(file, bytes) else file)
 
-# %% ../nbs/06_reader.ipynb #611faa7e
+# %% ../nbs/06_reader.ipynb #9035dc66
 def whole(*values) -> bool:
     "Are these whole numbers from 0 to what a file can hold, and not booleans?"
     return all(type(v) is int and 0 <= v < 2**48 for v in values)
@@ -156,7 +159,8 @@ def view(storage,       # 1-D tensor
          offset, size, stride,   # as the file gives them
          where: str):   # -> tensor; raises UnsafeFileError
     "The tensor that a file describes, if its storage really holds it."
-    if not (isinstance(storage, torch.Tensor) and storage.dim() == 1): raise UnsafeFileError(f"{where}: a tensor without a storage; refused")
+    if not (isinstance(storage, torch.Tensor) and storage.dim() == 1):
+        raise UnsafeFileError(f"{where}: a tensor without a storage; refused")
     tuples = isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= 8
     if not tuples or not whole(offset, *size, *stride):
         raise UnsafeFileError(f"{where}: a tensor's description is not made of whole numbers; refused")
@@ -182,7 +186,7 @@ def from_bytes(data, dtype, n: int, where: str):  # -> 1-D tensor
         raise FileError(f"{where}: a storage of {n} {dtype} needs {n * dtype.itemsize} bytes, there are {len(data)}")
     return torch.frombuffer(bytearray(data), dtype=dtype) if n else torch.empty(0, dtype=dtype)
 
-# %% ../nbs/06_reader.ipynb #b42a52e6
+# %% ../nbs/06_reader.ipynb #b012d342
 MAGIC, PROTOCOL = 0x1950a86a20f9469cfc6c, 1001
 
 def map_file(path):  # -> mmap, private: writing to it does not reach the file; raises FileError
@@ -193,17 +197,19 @@ def map_file(path):  # -> mmap, private: writing to it does not reach the file; 
 
 def mapped(memory, offset: int, dtype, n: int, where: str):  # -> 1-D tensor; raises FileError
     "A storage of n elements that stays in the file until it is looked at."
-    if offset + n * dtype.itemsize > len(memory): raise FileError(f"{where}: a storage of {n} {dtype} ends after the file does")
+    if offset + n * dtype.itemsize > len(memory):
+        raise FileError(f"{where}: a storage of {n} {dtype} ends after the file does")
     return torch.frombuffer(memory, dtype=dtype, count=n, offset=offset) if n else torch.empty(0, dtype=dtype)
 
-# %% ../nbs/06_reader.ipynb #c66c154a
+# %% ../nbs/06_reader.ipynb #0bfdbf2a
 def read_legacy(file,            # binary file at its start
                 where: str,      # what to call it in a message
                 memory=None,     # the same file as memory: leave storages there
                ):                # tree with tensors; raises FileError
     "A torch archive of the older layout: magic, protocol, system, pickle, keys, storages."
     asked, storages = {}, {}
-    if read_pickle(file, where) != MAGIC or read_pickle(file, where) != PROTOCOL: raise FileError(f"{where}: not a torch file")
+    if read_pickle(file, where) != MAGIC or read_pickle(file, where) != PROTOCOL:
+        raise FileError(f"{where}: not a torch file")
     system = read_pickle(file, where)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise FileError(f"{where}: only little-endian torch files are supported")
@@ -226,7 +232,7 @@ def read_legacy(file,            # binary file at its start
             file.seek(n * dtype.itemsize, 1)
     return resolve(tree, where, storages)
 
-# %% ../nbs/06_reader.ipynb #54c4291c
+# %% ../nbs/06_reader.ipynb #c2d5369c
 class Archive:
     "The members of a torch zip file; nothing is extracted, compressed members are refused. Raises FileError."
     def __init__(self, path, memory):
@@ -235,7 +241,8 @@ class Archive:
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
             raise FileError(f"{path}: not a whole zip file ({e})") from None
         self.members = {i.filename: i for i in self.zip.infolist()}
-        if len(self.members) != len(self.zip.infolist()): raise UnsafeFileError(f"{path}: has two members of one name; refused")
+        if len(self.members) != len(self.zip.infolist()):
+            raise UnsafeFileError(f"{path}: has two members of one name; refused")
 
     def check(self, name):  # -> ZipInfo, its bytes verified by their checksum
         i, said = self.members.get(name), f"{self.where}: member {short(name)}"
@@ -259,7 +266,7 @@ class Archive:
         at = self.offset(name)
         return self.memory[at:at + self.members[name].file_size]
 
-# %% ../nbs/06_reader.ipynb #89b2822e
+# %% ../nbs/06_reader.ipynb #cff0b1bf
 def read_zip(path, where: str, keep: bool = False):  # -> tree with tensors, left in the file if `keep`; raises FileError
     "A torch archive of the zip layout."
     memory = map_file(path)
@@ -275,7 +282,8 @@ def read_zip(path, where: str, keep: bool = False):  # -> tree with tensors, lef
         def persistent(machine, pid):
             dtype, key, n = storage_request(machine, pid)
             if key not in storages: storages[key] = storage_of(archive, f"{base}data/{key}", dtype, n, keep)
-            if (storages[key].dtype, len(storages[key])) != (dtype, n): machine.refuse(f"asks for storage {short(key)} in two ways")
+            if (storages[key].dtype, len(storages[key])) != (dtype, n):
+                machine.refuse(f"asks for storage {short(key)} in two ways")
             return Node("storage", (key,))
 
         return resolve(read_pickle(archive.read(pickles[0]), where, persistent, TORCH), where, storages)
@@ -311,7 +319,7 @@ def resolve(tree, where: str, storages: dict):  # -> the same tree with tensors 
     except RecursionError: raise UnsafeFileError(f"{where}: values are nested too deep; refused") from None
     finally: go = None      # it refers to itself, and would keep every tensor alive until the next garbage collection
 
-# %% ../nbs/06_reader.ipynb #a4620d34
+# %% ../nbs/06_reader.ipynb #79246b13
 def carry_out(v: Node, where: str):  # -> value, or the Node itself; raises FileError
     "What a note means, if it is one of ours."
     a, bare = v.args, v.state is None and not v.items
@@ -319,7 +327,8 @@ def carry_out(v: Node, where: str):  # -> value, or the Node itself; raises File
     if v.name == "torch._utils._rebuild_parameter" and bare and a and isinstance(a[0], torch.Tensor): return a[0]
     if v.name == "torch.storage._load_from_bytes" and bare and len(a) == 1 and isinstance(a[0], bytes):
         return read_legacy(io.BytesIO(a[0]), f"{where} (nested torch file)")
-    if v.name == "collections.OrderedDict" and (not a or len(a) == 1 and isinstance(a[0], list) and not a[0]): return v.items
+    if v.name == "collections.OrderedDict" and (not a or len(a) == 1 and isinstance(a[0], list) and not a[0]):
+        return v.items
     if v.name == "argparse.Namespace" and not a and isinstance(v.state, (dict, type(None))): return v.state or {}
     if v.name.startswith(("torch._utils", "torch.storage", "collections", "argparse")):
         raise UnsafeFileError(f"{where}: calls {v.name} with what it does not take; refused")
