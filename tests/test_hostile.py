@@ -316,7 +316,7 @@ def test_a_storage_larger_than_any_file_is_refused(n, here):
     for layout, keep in itertools.product((legacy(rebuilt(storage(n)), n), None), (True, False)):
         path = here / "t.pth"
         path.write_bytes(layout) if layout else tensor_pickle(0, (6,), (1,), n)(path)
-        check(lambda p: read_torch(p, keep), path, here / CANARY)
+        check(functools.partial(read_torch, keep=keep), path, here / CANARY)
 
 
 def test_a_pickle_of_too_many_instructions_is_refused(here, monkeypatch):
