@@ -30,12 +30,16 @@ class Commands(click.Group):
 @click.version_option(package_name="get_nb", prog_name="get-nb")
 def cli(): "get_nb: one-step diffusion distillation with deep equilibrium models, as a chain of notebooks."
 
-# %% ../nbs/51_cli.ipynb #7ebfa38d
+# %% ../nbs/51_cli.ipynb #7dc3da6a
 def main(args=None):  # exits with 0, 1 or 2
     "Entry point of `get-nb`."
-    def fail(code, message): click.echo(f"get-nb: {' '.join(str(message).split())}", err=True); sys.exit(code)
+    def fail(code, message):
+        click.echo(f"get-nb: {' '.join(str(message).split())}", err=True)
+        sys.exit(code)
     try: sys.exit(cli.main(args, standalone_mode=False) or 0)
-    except click.exceptions.NoArgsIsHelpError as e: click.echo(e.format_message()); sys.exit(2)
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message())
+        sys.exit(2)
     except click.UsageError as e: fail(2, e.format_message())
     except click.Abort: fail(130, "interrupted; run the same command again to go on")
     except (ConfigError, FileError) as e: fail(2, e)
@@ -74,10 +78,11 @@ def reproduce(profile, stage, group, root, runs, keep, dry_run, fresh, cores, re
     click.echo(pipeline.compare_tables(folder, root / "results" / Path(profile).stem, chain.select(chain.load_profile(root, profile), stage, group)))
     click.echo(f"pages to read: {folder}/*/notebook.html")
 
-# %% ../nbs/51_cli.ipynb #0254adeb
+# %% ../nbs/51_cli.ipynb #ced63445
 def list_stages(root, profile, stage=None, group=None, runs=None, keep=False):
     "Print each stage, how long it took (here, or when it was published), and whether it holds."
-    name = Path(profile).stem; folder, manifest = Path(runs or root / "runs") / name, root / "results" / name / "manifest.json"
+    name = Path(profile).stem
+    folder, manifest = Path(runs or root / "runs") / name, root / "results" / name / "manifest.json"
     published = json.loads(manifest.read_text())["stages"] if manifest.is_file() else {}
     stale = set()
     for s in chain.select(chain.load_profile(root, profile), stage, group).values():
@@ -121,21 +126,25 @@ def sample(weights, n, seed, labels, iterations, steps, out):
     sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps)
     click.echo(f"{out}: {n} images from seeds {seed}..{seed + n - 1}")
 
-# %% ../nbs/51_cli.ipynb #3a91f2e1
+# %% ../nbs/51_cli.ipynb #1fe6ed32
 @cli.command()
 @click.argument("weights", type=click.Path())
 @click.option("--classifier", type=click.Path(), help="Checkpoint of another feature network, e.g. runs/cpu/classifier/classifier.safetensors; by default Inception.")
 @click.option("--data", help="Data set to compare with; by default the one of this image size: digits or cifar10.")
 @click.option("--train-stats", type=click.Path(), help="Statistics of the training split, .npz with mu and sigma, instead of its images.")
 @click.option("--test-stats", type=click.Path(), help="Statistics of the test split, likewise.")
-@click.option("--n", type=click.IntRange(10), help="Number of images; by default 50,000, and 5,000 with a classifier.")
+@click.option("--samples", "--n", "n", type=click.IntRange(10),
+              help="Number of images; by default 50,000, and 5,000 with a classifier. (Under torchrun write --samples: it takes --n for its own.)")
 @click.option("--unconditional", is_flag=True, help="Give no labels to a conditional teacher.")
 @click.option("--steps", type=click.IntRange(1), help="Heun steps of a teacher; by default 18.")
 @click.option("--batch", default=500, show_default=True, type=click.IntRange(1), help="Images per forward pass.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "out", type=click.Path(dir_okay=False), help="File for the json; by default it goes to stdout.")
 def evaluate(weights, classifier, data, train_stats, test_stats, n, unconditional, steps, batch, device, out):
-    "FID, KID, IS, precision, recall and cost of own (.safetensors) or released weights (GET's .pth, EDM's .pkl), against both splits."
+    """FID, KID, IS, precision, recall and cost of own (.safetensors) or released weights (GET's .pth, EDM's .pkl), against both splits.
+
+    On 8 GPUs: torchrun --nproc-per-node 8 $(which get-nb) evaluate WEIGHTS --samples 50000
+    """
     from get_nb.evaluate import evaluate_checkpoint, evaluation_table
     result = evaluate_checkpoint(weights, classifier or "inception", data, n, dict(train=train_stats, test=test_stats), unconditional, steps, batch, device)
     if result is None: return
@@ -143,21 +152,23 @@ def evaluate(weights, classifier, data, train_stats, test_stats, n, unconditiona
     if out: write_json(out, result)
     else: click.echo(json.dumps(result, indent=1))
 
-# %% ../nbs/51_cli.ipynb #3e50d52b
+# %% ../nbs/51_cli.ipynb #b1e8682b
 @cli.command("import")
 @click.argument("file", type=click.Path())
 @click.option("--out", type=click.Path(), help="Where to: a .safetensors file, or a folder for pairs. By default its name, in the working directory; for cifar10 the data folder.")
 @click.option("--download", is_flag=True, help="With FILE cifar10: fetch CIFAR-10 into the data folder.")
 def import_(file, out, download):
     "Read a released file, without running it, into our formats."
-    if download and file != "cifar10": raise ConfigError(f"--download: only cifar10 can be fetched, not {file!r}; put the file here yourself")
+    if download and file != "cifar10":
+        raise ConfigError(f"--download: only cifar10 can be fetched, not {file!r}; put the file here yourself")
     if file != "cifar10" or Path(file).exists():
         from get_nb.checkpoints import import_file
         return click.echo(import_file(file, out))
     from get_nb.images import load_cifar10
-    for split in ("train", "test"): click.echo(f"{split}: {len(load_cifar10(split, out, download=download)):,} images, checksums as published")
+    for split in ("train", "test"):
+        click.echo(f"{split}: {len(load_cifar10(split, out, download=download)):,} images, checksums as published")
 
-# %% ../nbs/51_cli.ipynb #83eca562
+# %% ../nbs/51_cli.ipynb #ac3bd9d7
 def installed(requirement: str) -> str:
     "Version of a requirement's package, or nothing."
     try: return metadata.version(re.split(r"[<>=!;\[ ]", requirement.strip())[0])
@@ -166,7 +177,8 @@ def installed(requirement: str) -> str:
 def package_lines() -> list:  # (ok, required, text)
     "The packages that the installed metadata asks for, and the extras."
     try: wanted = metadata.requires("get_nb") or []
-    except metadata.PackageNotFoundError: return [(False, True, "get_nb is not installed: pip install -e . in the clone")]
+    except metadata.PackageNotFoundError:
+        return [(False, True, "get_nb is not installed: pip install -e . in the clone")]
     base, extras = [r for r in wanted if "extra ==" not in r], {}
     for r in wanted:
         if "extra ==" in r: extras.setdefault(r.split("extra ==")[1].strip(" \"'"), []).append(r)
@@ -188,11 +200,12 @@ def machine_lines() -> list:
     return [*lines, (True, True, f"torch {torch.__version__}"), (bool(gpus), False, f"GPU: {'; '.join(gpus) or 'none; profiles gpu and paper need one'}"),
             (memory > 4, False, f"memory: {memory:.0f} GB, {os.cpu_count()} cores (profile cpu: 4 GB)")]
 
-# %% ../nbs/51_cli.ipynb #7d00c2e2
+# %% ../nbs/51_cli.ipynb #b452308a
 def file_lines(root: Path) -> list:
     "The clone, data, weights, disk, published results."
     from get_nb.images import CIFAR_FILES, data_folder
-    folder = data_folder(); absent = [f for files in CIFAR_FILES.values() for f in files if not (folder / "cifar-10-batches-py" / f).is_file()]
+    folder = data_folder()
+    absent = [f for files in CIFAR_FILES.values() for f in files if not (folder / "cifar-10-batches-py" / f).is_file()]
     lines = [(True, True, f"clone: {root}"), (True, False, "data: digits and shapes come with the package"),
              (not absent, False, f"data: CIFAR-10 in {folder / 'cifar-10-batches-py'}" + (f": {len(absent)} files missing; unpack cifar-10-python.tar.gz into {folder}, or get-nb import cifar10 --download" if absent else ""))]
     profile = chain.load_profile(root, "paper")
@@ -224,7 +237,7 @@ def doctor(root):
     for ok, required, text in lines: click.echo(f"{'ok     ' if ok else 'MISSING' if required else '-      '} {text}")
     sys.exit(0 if all(ok for ok, required, _ in lines if required) else 1)
 
-# %% ../nbs/51_cli.ipynb #bb69b825
+# %% ../nbs/51_cli.ipynb #6f63f20b
 @cli.group(cls=Commands)
 def pairs(): "Look at, check or join folders of pairs."
 
@@ -241,7 +254,8 @@ def verify(folder):
     "Hash every shard again and compare with the manifest."
     from get_nb.pairs import read_manifest, verify_pairs
     wrong = verify_pairs(folder, afresh=True)
-    if wrong: raise FileError(f"{len(wrong)} of {len(read_manifest(folder)['shards'])} shards are wrong: {'; '.join(wrong)}")
+    if wrong:
+        raise FileError(f"{len(wrong)} of {len(read_manifest(folder)['shards'])} shards are wrong: {'; '.join(wrong)}")
     click.echo(f"{folder}: {len(read_manifest(folder)['shards'])} shards, all whole")
 
 @pairs.command()

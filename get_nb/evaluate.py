@@ -92,7 +92,7 @@ def cost(model, conditional: bool = True, **how) -> dict:  # evaluations, gmac p
     evaluations = num_evaluations(how.get("num_steps", 18), how.get("sampler", "heun")) if isinstance(model, EDMPrecond) else 1
     return dict(evaluations=evaluations, gmac=total / 2 / 2 / 1e9, parameters=sum(p.numel() for p in model.parameters()))
 
-# %% ../nbs/32_evaluate.ipynb #9ef10cd4
+# %% ../nbs/32_evaluate.ipynb #40930fd4
 def training_cost(model, cfg: DistillConfig, batch_size: int = 8) -> dict:  # gflop and activation_mb per image and step
     "Counted cost of one distillation step, per image of the batch."
     e, y = draw_noise(range(batch_size), (model.config["channels"],) + (model.config["image_size"],) * 2, model.config["num_classes"])
@@ -103,7 +103,8 @@ def training_cost(model, cfg: DistillConfig, batch_size: int = 8) -> dict:  # gf
         if t.untyped_storage()._cdata not in own: kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): loss = step()
-    total = flops(lambda: step().backward()); model.zero_grad()
+    total = flops(lambda: step().backward())
+    model.zero_grad()
     del loss
     return dict(train_gflop=total / batch_size / 1e9, activation_mb=sum(kept.values()) / batch_size / 1e6)
 
@@ -140,7 +141,7 @@ class EvalConfig:
     conditional: bool = True             # False: no labels
     first_seed: NonNegativeInt = EVAL_SEED
 
-# %% ../nbs/32_evaluate.ipynb #8e77eb9e
+# %% ../nbs/32_evaluate.ipynb #a5904316
 def measure(model,            # teacher, GET or ViT, eval mode
             cfg: EvalConfig,
             train,            # training split: an ImageSet, or a dict of mu and sigma
@@ -157,15 +158,17 @@ def measure(model,            # teacher, GET or ViT, eval mode
     images, labels, made, ms = zip(*parts)
     images, labels, made = torch.cat(images), torch.cat(labels), {k: torch.cat([m[k] for m in made]) for k in made[0]}
     out = dict(samples=cfg.samples, **how)
-    for name, s in (("train", train), ("test", test)): out[name] = compare(made, getattr(s, "images", s), network, only_fd)
+    for name, s in (("train", train), ("test", test)):
+        out[name] = compare(made, getattr(s, "images", s), network, only_fd)
     knows = network.kind == "classifier" and labels.min() >= 0
     out["class_accuracy"] = (made["logits"].argmax(1) == labels).float().mean().item() if knows else None
     return out | cost(model, cfg.conditional, **how) | dict(ms_per_image=statistics.median(ms)), images, labels
 
-# %% ../nbs/32_evaluate.ipynb #bdb3ff21
+# %% ../nbs/32_evaluate.ipynb #b4b89bac
 def protocol(data: str, kind: str, samples: int) -> str:
     "What was measured, in a line, and how it differs from what was published."
-    if kind != "inception": return f"{samples:,} images; features of a classifier of {data}: no FID, not comparable with one"
+    if kind != "inception":
+        return f"{samples:,} images; features of a classifier of {data}: no FID, not comparable with one"
     line = f"{samples:,} images, torch-fidelity's Inception, against the training and the test split of {data}"
     if data != "cifar10": return line
     released = "locuslab/get quotes the test split, EDM and most others the training split, where FID is some 2 lower"
@@ -178,12 +181,13 @@ def family(model) -> str:
     said = getattr(model, "meta", {}).get("family")
     return said or ("teacher" if isinstance(model, EDMPrecond) else "get" if isinstance(model, GET) else "vit")
 
-# %% ../nbs/32_evaluate.ipynb #e7dd10be
+# %% ../nbs/32_evaluate.ipynb #19c748c8
 def evaluate(model, cfg: EvalConfig, train, test, network: FeatureNetwork, data: str):  # -> dict, images, labels
     "The whole protocol for one model; `data` is the name of the set, other arguments as in `measure`."
     args, sweeps = (train, test, network), isinstance(model, (EDMPrecond, GET))
     own = cfg.num_steps if isinstance(model, EDMPrecond) else model.cfg.n_iter if isinstance(model, GET) else None
-    def how(k): return dict(num_steps=k, sampler=cfg.sampler) if isinstance(model, EDMPrecond) else dict(n_iter=k) if sweeps else {}
+    def how(k):
+        return dict(num_steps=k, sampler=cfg.sampler) if isinstance(model, EDMPrecond) else dict(n_iter=k) if sweeps else {}
     result, images, labels = measure(model, cfg, *args, **how(own))
     sweep = [measure(model, cfg, *args, only_fd=True, **how(k))[0] for k in (cfg.sweep if sweeps else ())]
     if result is None: return None, None, None
@@ -254,7 +258,7 @@ def evaluate_checkpoint(path,                 # .safetensors, .pth or .pkl
                      num_steps=steps or 18, conditional=not unconditional and bool(classes))
     return evaluate(model.to(device), cfg, train, test, network, name)[0]
 
-# %% ../nbs/32_evaluate.ipynb #c03bdbd7
+# %% ../nbs/32_evaluate.ipynb #076b702c
 def evaluation_table(result: dict) -> str:  # markdown
     "What `evaluate` measured, to be read."
     digits, keys = 5 if result["distance"] == "FID" else 2, ("fd", "kid", "precision", "recall")
@@ -266,33 +270,40 @@ def evaluation_table(result: dict) -> str:  # markdown
     shares = {"class accuracy": result["class_accuracy"], "nearer to a training image than its nearest neighbour is": result["copy_share"]}
     notes = [result["protocol"], f"Inception score {score:.2f} ± {deviation:.2f} over splits",
              *(f"{name}: {100 * v:.1f}% of the images" for name, v in shares.items() if v is not None),
-             f"{result['evaluations']} evaluations, {result['gmac']:.4g} GMAC and {result['ms_per_image']:.3g} ms per image; {result['parameters']:,} parameters"]
+             f"{result['evaluations']} evaluation{'s' if result['evaluations'] > 1 else ''}, {result['gmac']:.4g} GMAC and {result['ms_per_image']:.3g} ms per image; {result['parameters']:,} parameters"]
     columns = [{k: getattr(c, k) for k in Column.__dataclass_fields__} for c in columns]
     return table_markdown(dict(title=result["name"], columns=columns, rows=rows, notes=notes))
 
-# %% ../nbs/32_evaluate.ipynb #3184ccb8
+# %% ../nbs/32_evaluate.ipynb #4c78101d
 def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):  # raises FileError, UnsafeFileError, ConfigError
     "Draw n images with own or released weights and save them as .png (grid) or .npz (images, labels, seeds)."
-    model = load_kind(checkpoint, GENERATORS, "which makes no images"); c = model.config
+    model = load_kind(checkpoint, GENERATORS, "which makes no images")
+    c = model.config
     how = {k: v for k, v in how.items() if v is not None}
-    if "num_steps" in how and c["builder"] not in TEACHER_KINDS: raise ConfigError(f"{checkpoint}: {c['name']} is one-step; --steps is for teachers")
-    if "n_iter" in how and not isinstance(model, GET): raise ConfigError(f"{checkpoint}: {c['name']} does not iterate; --iterations is for GETs")
+    if "num_steps" in how and c["builder"] not in TEACHER_KINDS:
+        raise ConfigError(f"{checkpoint}: {c['name']} is one-step; --steps is for teachers")
+    if "n_iter" in how and not isinstance(model, GET):
+        raise ConfigError(f"{checkpoint}: {c['name']} does not iterate; --iterations is for GETs")
     noise, y = draw_noise(range(seed, seed + n), shape_of(c), c["num_classes"])
     if labels and not c["num_classes"]: raise ConfigError(f"{checkpoint}: an unconditional model takes no labels")
-    if labels and not all(0 <= v < c["num_classes"] for v in labels): raise ConfigError(f"labels must lie in 0..{c['num_classes'] - 1}, got {list(labels)}")
+    if labels and not all(0 <= v < c["num_classes"] for v in labels):
+        raise ConfigError(f"labels must lie in 0..{c['num_classes'] - 1}, got {list(labels)}")
     if labels: y = torch.tensor([labels[i % len(labels)] for i in range(n)])
     images = torch.cat([to_uint8(generate(model, a, b if c["num_classes"] else None, **how)) for a, b in zip(noise.split(500), y.split(500))]).numpy()
     with atomic_path(out) as tmp:
         if str(out).endswith(".npz"):
-            with open(tmp, "wb") as f: np.savez_compressed(f, images=images, labels=y.numpy(), seeds=np.arange(seed, seed + n))
+            with open(tmp, "wb") as f:
+                np.savez_compressed(f, images=images, labels=y.numpy(), seeds=np.arange(seed, seed + n))
         else: save_grid(images, tmp)
 
-# %% ../nbs/32_evaluate.ipynb #aff96cd2
+# %% ../nbs/32_evaluate.ipynb #6a87f7c4
 def save_grid(images, path, scale: int = 0):  # uint8 (N, C, H, W); scale 0: about 64 pixels per image
     "Save images as one png, in a grid as square as can be, enlarged without smoothing."
     from PIL import Image
-    cols = math.ceil(len(images)**.5); rows = math.ceil(len(images) / cols)
-    full = np.full((rows * cols, *images.shape[1:]), 255, np.uint8); full[:len(images)] = images
+    cols = math.ceil(len(images)**.5)
+    rows = math.ceil(len(images) / cols)
+    full = np.full((rows * cols, *images.shape[1:]), 255, np.uint8)
+    full[:len(images)] = images
     scale = scale or max(1, 64 // images.shape[2])
     grid = image_grid(full.reshape(rows, cols, *images.shape[1:]).repeat(scale, 3).repeat(scale, 4), pad=2)
     Image.fromarray(grid).save(path, format="png")

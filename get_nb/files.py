@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BUILDERS', 'WEIGHTS', 'atomic_path', 'write_json', 'sha256_file', 'FileError', 'UnsafeFileError', 'tensors_digest',
            'save_tensors', 'load_tensors', 'part_of', 'optimizer_tensors', 'restore_optimizer', 'save_checkpoint',
-           'read_checkpoint', 'fit_weights', 'load_checkpoint', 'load_weights', 'Weights', 'weights_folder',
-           'find_weights', 'read_weights']
+           'read_checkpoint', 'check_fit', 'fit_weights', 'load_checkpoint', 'load_weights', 'Weights',
+           'weights_folder', 'find_weights', 'read_weights']
 
 # %% ../nbs/02_files.ipynb #1e44e10f
 import hashlib, importlib, json, os, pickle
@@ -16,11 +16,12 @@ from pathlib import Path
 
 from .core import ConfigError, nearest
 
-# %% ../nbs/02_files.ipynb #249d5f3a
+# %% ../nbs/02_files.ipynb #7dcedda3
 @contextmanager
 def atomic_path(path):  # yields a temporary path beside `path`
     "Write to the temporary path; it becomes `path` when the block ends without an error."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield tmp
@@ -57,7 +58,7 @@ def tensors_digest(tensors: dict,  # name -> tensor
         h.update(t.flatten().view(torch.uint8).numpy().data if t.numel() else b"")
     return h.hexdigest()
 
-# %% ../nbs/02_files.ipynb #94029dc0
+# %% ../nbs/02_files.ipynb #3e3b0b98
 def save_tensors(path,            # target, by custom *.safetensors
                  tensors: dict,   # name -> tensor
                  info: dict,      # what json can hold: what these tensors are
@@ -67,26 +68,35 @@ def save_tensors(path,            # target, by custom *.safetensors
     info = json.dumps(info, sort_keys=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     digest = tensors_digest(tensors, info)
-    with atomic_path(path) as tmp: save_file(tensors, tmp, metadata=dict(get_nb=json.dumps(dict(info=info, sha256=digest))))
+    header = dict(get_nb=json.dumps(dict(info=info, sha256=digest)))
+    with atomic_path(path) as tmp: save_file(tensors, tmp, metadata=header)
     return digest
 
-# %% ../nbs/02_files.ipynb #be120349
+# %% ../nbs/02_files.ipynb #eafb299b
 def load_tensors(path,                 # a file written by save_tensors
                  verify: bool = True,  # check the digest
                 ):                     # tensors, info; raises FileError
-    "Read tensors and their description. (One metadata key only: safetensors writes several in random order, and equal content should be equal bytes.)"
+    "Read tensors and their description. (One metadata key only: safetensors writes several in random order.)"
     from safetensors import SafetensorError, safe_open
     if not Path(path).is_file(): raise FileError(f"{path}: no such file")
     try:
-        with safe_open(path, "pt") as f: meta, tensors = (f.metadata() or {}).get("get_nb"), {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError, ValueError) as e: raise FileError(f"{path}: not a whole safetensors file ({e})") from None
+        with safe_open(path, "pt") as f:
+            meta, tensors = (f.metadata() or {}).get("get_nb"), {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError, ValueError) as e:
+        raise FileError(f"{path}: not a whole safetensors file ({str(e)[:200]})") from None
     if meta is None: raise FileError(f"{path}: a safetensors file, but not one of ours: its header lacks 'get_nb'")
-    try: meta = json.loads(meta); meta["info"] + meta["sha256"]
-    except (ValueError, KeyError, TypeError): raise FileError(f"{path}: damaged: its header cannot be read; restore it or make it again") from None
-    if verify and tensors_digest(tensors, meta["info"]) != meta["sha256"]: raise FileError(f"{path}: damaged: its content does not match its sha256; restore it or make it again")
-    return tensors, json.loads(meta["info"])
+    advice = "restore it or make it again"
+    try:
+        meta = json.loads(meta)
+        info, digest = json.loads(meta["info"]), meta["sha256"]
+        info.items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FileError(f"{path}: damaged: its header cannot be read; {advice}") from None
+    if verify and tensors_digest(tensors, meta["info"]) != digest:
+        raise FileError(f"{path}: damaged: its content does not match its sha256; {advice}")
+    return tensors, info
 
-# %% ../nbs/02_files.ipynb #e5ed7499
+# %% ../nbs/02_files.ipynb #d33699a4
 def part_of(tensors: dict, prefix: str) -> dict:
     "The tensors under a prefix, without it."
     return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -98,17 +108,20 @@ def optimizer_tensors(optimizer) -> dict:  # "parameter.name" -> tensor
 def restore_optimizer(optimizer, tensors: dict):
     "Put the tensors of `optimizer_tensors` back."
     import torch
-    state = optimizer.state_dict(); state["state"] = {}
+    state = optimizer.state_dict()
+    state["state"] = {}
     for k, v in tensors.items():
         i, name = k.split(".", 1)
         state["state"].setdefault(int(i), {})[name] = v
     optimizer.load_state_dict(state)
-    for p, s in optimizer.state.items():    # moments must lie in memory as their weights do: the fused step pairs them by address
+    for p, s in optimizer.state.items():    # moments lie in memory as their weights do: the fused step pairs them by address
         s.update({k: torch.empty_like(p).copy_(v) for k, v in s.items() if v.shape == p.shape})
 
-# %% ../nbs/02_files.ipynb #ce162d45
-BUILDERS = {"model": ("get_nb.models", "create_model"), "teacher": ("get_nb.unet", "create_teacher"), "diffusers": ("get_nb.unet", "create_diffusers_teacher"),
-            "classifier": ("get_nb.metrics", "create_classifier"), "one-step": ("get_nb.kd", "create_one_step")}
+# %% ../nbs/02_files.ipynb #fe3f03a1
+BUILDERS = {
+    "model": ("get_nb.models", "create_model"), "teacher": ("get_nb.unet", "create_teacher"),
+    "diffusers": ("get_nb.unet", "create_diffusers_teacher"), "classifier": ("get_nb.metrics", "create_classifier"),
+    "one-step": ("get_nb.kd", "create_one_step")}
 
 def save_checkpoint(path,     # target, by custom *.safetensors
                     model,    # a module with `.config`, as made by create_model, create_teacher, create_classifier
@@ -116,33 +129,45 @@ def save_checkpoint(path,     # target, by custom *.safetensors
     "Write a model's weights and configuration."
     return save_tensors(path, model.state_dict(), dict(kind="checkpoint", schema=1, config=model.config, meta=meta))
 
-# %% ../nbs/02_files.ipynb #f0cb610c
+# %% ../nbs/02_files.ipynb #870f8f1c
 def read_checkpoint(path):  # -> tensors, info; raises FileError
     "A checkpoint's tensors and description, checked."
     tensors, info = load_tensors(path)
-    if info.get("kind") != "checkpoint": raise FileError(f"{path}: holds {info.get('kind', 'something else')!r}, not a checkpoint")
-    if info.get("schema") != 1: raise FileError(f"{path}: checkpoint of schema {info.get('schema')}, this version reads 1: update get_nb")
+    if info.get("kind") != "checkpoint":
+        raise FileError(f"{path}: holds {str(info.get('kind', 'something else'))[:80]!r}, not a checkpoint")
+    if info.get("schema") != 1:
+        raise FileError(f"{path}: checkpoint of schema {str(info.get('schema'))[:80]}, this version reads 1: update get_nb")
     return tensors, info
 
-def fit_weights(model, tensors, path):  # -> model; raises FileError
-    "Load a state dict; missing, surplus or misshapen tensors are named."
-    own = model.state_dict()
+def check_fit(own: dict, tensors: dict, path):  # raises FileError
+    "Are these the names and shapes of a model's state dict? Missing, surplus or misshapen tensors are named."
     for what, names in (("lacks", own.keys() - tensors.keys()), ("has surplus", tensors.keys() - own.keys())):
-        if names: raise FileError(f"{path}: {what} {len(names)} tensors, e.g. {sorted(names)[0]}: made for another model")
+        if names:
+            raise FileError(f"{path}: {what} {len(names)} tensors, e.g. {min(names)[:80]}: made for another model")
     for k, v in own.items():
-        if v.shape != tensors[k].shape: raise FileError(f"{path}: {k} has shape {tuple(tensors[k].shape)}, the model's is {tuple(v.shape)}")
-    model.load_state_dict(tensors); return model
+        if v.shape != tensors[k].shape:
+            raise FileError(f"{path}: {k} has shape {tuple(tensors[k].shape)}, the model's is {tuple(v.shape)}")
 
-# %% ../nbs/02_files.ipynb #3d09ab79
+def fit_weights(model, tensors, path):  # -> model; raises FileError
+    "Load a state dict that fits."
+    check_fit(model.state_dict(), tensors, path)
+    model.load_state_dict(tensors)
+    return model
+
+# %% ../nbs/02_files.ipynb #d1318914
 def load_checkpoint(path):  # -> nn.Module in eval mode, with `.config` and `.meta`; raises FileError
     "Build the model that a checkpoint describes and load its weights."
     tensors, info = read_checkpoint(path)
-    config = dict(info.get("config") or {}); builder = config.pop("builder", None)
-    if builder not in BUILDERS: raise FileError(f"{path}: unknown builder {builder!r}{nearest(str(builder), BUILDERS)}")
+    config = info.get("config")
+    builder = config.get("builder") if isinstance(config, dict) else None
+    if not isinstance(builder, str) or builder not in BUILDERS:
+        raise FileError(f"{path}: unknown builder {str(builder)[:80]!r}{nearest(str(builder), BUILDERS)}")
     module, function = BUILDERS[builder]
     if "pretrained" in config: raise UnsafeFileError(f"{path}: its configuration names another file to load; refused")
-    try: model = getattr(importlib.import_module(module), function)(**config)
-    except (ConfigError, TypeError) as e: raise FileError(f"{path}: its model cannot be built: {e}") from None
+    try:
+        model = getattr(importlib.import_module(module), function)(**{k: v for k, v in config.items() if k != "builder"})
+    except (ConfigError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as e:
+        raise FileError(f"{path}: its model cannot be built: {' '.join(str(e).split())[:200]}") from None
     fit_weights(model, tensors, path).eval()
     model.meta = info.get("meta", {})
     return model

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['NUMPY', 'OPEN', 'pair_noise', 'pair_label', 'draw_noise', 'PairsConfig', 'sample_pairs', 'shard_seeds', 'recipe_of',
            'refuse_other_recipe', 'claim', 'write_shard', 'make_missing', 'shard_digest', 'remembered', 'finish',
-           'generate_pairs', 'Shard', 'read_manifest', 'verify_pairs', 'PairDataset', 'pairs_info', 'merge_pairs',
-           'link_or_copy']
+           'generate_pairs', 'Shard', 'read_manifest', 'is_entry', 'verify_pairs', 'PairDataset', 'pairs_info',
+           'merge_pairs', 'link_or_copy']
 
-# %% ../nbs/13_pairs.ipynb #205fa592
-import json, os, resource, shutil, sys, time
+# %% ../nbs/13_pairs.ipynb #3105d732
+import json, os, re, resource, shutil, sys, time
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -64,14 +64,15 @@ class PairsConfig:
     compile: bool = False                     # the network, by torch.compile
     teacher: str                              # identity of the teacher, e.g. its checkpoint's digest
 
-# %% ../nbs/13_pairs.ipynb #c099db39
+# %% ../nbs/13_pairs.ipynb #b45a8e26
 def sample_pairs(denoiser, seeds, cfg: PairsConfig):  # -> dict of tensors: seed, label, image and, if stored, noise
     "Run the teacher from the seeds' noise."
     device, out = next(denoiser.parameters()).device, []
     noise, labels = draw_noise(seeds, cfg.shape, cfg.num_classes)
     kw = {k: getattr(cfg, k) for k in ("num_steps", "sigma_min", "sigma_max", "rho")}
     for e, y in zip(noise.split(cfg.batch_size), labels.split(cfg.batch_size)):
-        with autocast(cfg.precision, device): image = SAMPLERS[cfg.sampler](denoiser, e.to(device), y.to(device) if cfg.num_classes else None, **kw)
+        with autocast(cfg.precision, device):
+            image = SAMPLERS[cfg.sampler](denoiser, e.to(device), y.to(device) if cfg.num_classes else None, **kw)
         out.append(image.float().cpu())
     shard = dict(seed=torch.tensor(list(seeds)), label=labels, image=torch.cat(out))
     return shard | (dict(noise=noise) if cfg.store_noise else {})
@@ -96,24 +97,29 @@ def refuse_other_recipe(path: Path, cfg: PairsConfig):  # raises FileError
         old = made.get(k, getattr(PairsConfig, k, None))       # a field that is newer than the shard had its default
         if old != v: raise FileError(f"{path}: made with {k} = {old!r}, now {v!r}; use an empty folder")
 
-# %% ../nbs/13_pairs.ipynb #93721646
+# %% ../nbs/13_pairs.ipynb #907f2afa
 @contextmanager
 def claim(folder: Path, name: str):  # yields: is it ours? raises FileError
     "Claim a piece of work while the block runs."
     try: (folder / ".claims").mkdir(exist_ok=True)
-    except FileNotFoundError: raise FileError(f"{folder}: the folder has vanished; bring it back and run again, finished shards are kept") from None
+    except FileNotFoundError:
+        raise FileError(f"{folder}: the folder has vanished; bring it back and run again, finished shards are kept") from None
     lock = FileLock(folder / ".claims" / f"{name}.lock")
     try: lock.acquire(timeout=0)
-    except Timeout: yield False; return
-    except (OSError, NotImplementedError): pass      # a file system without locks: work may be done twice, to the same end
+    except Timeout:
+        yield False
+        return
+    except (OSError, NotImplementedError):
+        pass      # a file system without locks: work may be done twice, to the same end
     try: yield True
     finally: lock.release()
 
-# %% ../nbs/13_pairs.ipynb #48e52737
+# %% ../nbs/13_pairs.ipynb #f6c899cc
 def write_shard(path: Path, tensors: dict, recipe: dict):  # raises FileError
     "Write a shard: whole, or not at all."
     try:
-        for left in path.parent.glob(f".{path.name}.*.tmp"): left.unlink(missing_ok=True)      # by a worker that was killed while writing
+        for left in path.parent.glob(f".{path.name}.*.tmp"):
+            left.unlink(missing_ok=True)      # by a worker that was killed while writing
         if not path.parent.is_dir(): raise OSError("the folder has vanished")
         save_tensors(path, tensors, dict(kind="pairs", recipe=recipe))
     except (OSError, SafetensorError) as e:
@@ -127,17 +133,19 @@ def make_missing(denoiser, folder: Path, cfg: PairsConfig, bar):
         path = folder / name
         if not path.is_file():
             with claim(folder, name) as ours:
-                if ours and not path.is_file(): write_shard(path, sample_pairs(denoiser, seeds[name], cfg), recipe_of(cfg))
+                if ours and not path.is_file():
+                    write_shard(path, sample_pairs(denoiser, seeds[name], cfg), recipe_of(cfg))
             bar.n = sum(len(seeds[n]) for n in seeds.keys() & set(os.listdir(folder)))      # by all workers
             bar.refresh()
 
-# %% ../nbs/13_pairs.ipynb #42dc9c6f
+# %% ../nbs/13_pairs.ipynb #828ca2b6
 def shard_digest(path: Path,      # of a shard
                  known: dict,     # file -> [size, time, sha256], brought up to date
                  check=None,      # called with the path before an unknown digest is believed
                 ) -> str:         # sha256
     "Digest of a shard; remembered while its size and time stay what they were."
-    s = path.stat(); stamp = [s.st_size, s.st_mtime_ns]
+    s = path.stat()
+    stamp = [s.st_size, s.st_mtime_ns]
     if known.get(path.name, [])[:2] != stamp:
         if check: check(path)
         known[path.name] = [*stamp, sha256_file(path)]
@@ -147,15 +155,15 @@ def shard_digest(path: Path,      # of a shard
 def remembered(folder: Path, afresh: bool = False):  # yields the dict `known` of shard_digest
     "What is known of a folder's shards; kept for the next time if the folder can be written to."
     path = folder / ".verified.json"
-    try: known = {} if afresh else json.loads(path.read_text())
-    except (OSError, ValueError): known = {}
+    try: known = {} if afresh else dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError): known = {}
     before = dict(known)
     try: yield known
     finally:
         try: known == before or write_json(path, known)
         except OSError: pass
 
-# %% ../nbs/13_pairs.ipynb #536cca01
+# %% ../nbs/13_pairs.ipynb #990ad753
 def finish(folder: Path, cfg: PairsConfig):  # -> the manifest, or None while something is missing
     "When all shards are there: check what has not been checked, and write the manifest."
     shards, entries = shard_seeds(cfg), []
@@ -164,7 +172,8 @@ def finish(folder: Path, cfg: PairsConfig):  # -> the manifest, or None while so
         if not ours: return None
         with remembered(folder) as known:
             for name, s in shards.items():
-                try: entries.append(dict(file=name, pairs=len(s), first_seed=s[0], sha256=shard_digest(folder / name, known, load_tensors)))
+                try:
+                    entries.append(dict(file=name, pairs=len(s), first_seed=s[0], sha256=shard_digest(folder / name, known, load_tensors)))
                 except FileError as e:
                     print(f"{e}; made again", file=sys.stderr)
                     (folder / name).unlink(missing_ok=True)
@@ -173,13 +182,14 @@ def finish(folder: Path, cfg: PairsConfig):  # -> the manifest, or None while so
         write_json(folder / "manifest.json", manifest)
     return manifest
 
-# %% ../nbs/13_pairs.ipynb #a594bdd8
+# %% ../nbs/13_pairs.ipynb #9e95d771
 def generate_pairs(denoiser,          # teacher, eval mode
                    folder,            # of the shards; one that all workers see
                    cfg: PairsConfig,
                   ) -> dict:          # the manifest; raises FileError
     "Make all pairs of a recipe, together with whoever else is at it, going on where an earlier run stopped."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("pairs-*.safetensors")): refuse_other_recipe(path, cfg)
     if cfg.compile: denoiser = torch.compile(denoiser)
     with progress(total=cfg.n, desc="pairs") as bar:
@@ -188,7 +198,7 @@ def generate_pairs(denoiser,          # teacher, eval mode
             if manifest := finish(folder, cfg): return manifest
             time.sleep(.1)      # others are still at it
 
-# %% ../nbs/13_pairs.ipynb #8d287ee0
+# %% ../nbs/13_pairs.ipynb #49d2fc8e
 NUMPY = {"F32": np.float32, "F64": np.float64, "I64": np.int64}
 OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)      # half of the files that this process may open
 
@@ -198,7 +208,8 @@ class Shard:
         self.path, self.file = path, open(path, "rb", buffering=0)
         size = int.from_bytes(self.file.read(8), "little")
         try: header = json.loads(self.file.read(size))
-        except (ValueError, MemoryError, OverflowError): raise FileError(f"{path}: damaged: its header cannot be read; delete it and make the pairs again") from None
+        except (ValueError, MemoryError, OverflowError):
+            raise FileError(f"{path}: damaged: its header cannot be read; delete it and make the pairs again") from None
         header.pop("__metadata__", None)
         self.tensors = {k: (8 + size + v["data_offsets"][0], NUMPY[v["dtype"]], tuple(v["shape"])) for k, v in header.items()}
         self.kept = {}
@@ -207,7 +218,9 @@ class Shard:
             if len(self.kept.get(k, ())) not in (0, shape[0]): self.cut()
 
     def rows(self, name, index, out, places):  # int (n,), array (B, ...), int (n,): out[places] = rows; raises FileError
-        if name in self.kept: out[places] = self.kept[name][index]; return
+        if name in self.kept:
+            out[places] = self.kept[name][index]
+            return
         start, dtype, (_, *shape) = self.tensors[name]
         if dtype != out.dtype:
             rows = np.empty((len(index), *shape), dtype)
@@ -220,15 +233,28 @@ class Shard:
 
     def cut(self): raise FileError(f"{self.path}: shorter than its header says; delete it and make the pairs again")
 
-# %% ../nbs/13_pairs.ipynb #e01aa6c6
+# %% ../nbs/13_pairs.ipynb #5feee135
 def read_manifest(folder) -> dict:  # raises FileError
     "The manifest of a folder of pairs."
     path = Path(folder) / "manifest.json"
     if not path.is_file(): raise FileError(f"{path}: no such file: {folder} is not a finished folder of pairs")
-    try: manifest = json.loads(path.read_text())
-    except ValueError as e: raise FileError(f"{path}: not json ({e}); make the pairs again, finished shards are kept") from None
-    if not isinstance(manifest, dict) or manifest.get("kind") != "pairs" or manifest.get("schema") != 1: raise FileError(f"{path}: not a manifest of pairs of schema 1")
-    return manifest
+    try: m = json.loads(path.read_text())
+    except (ValueError, RecursionError) as e:
+        raise FileError(f"{path}: not json ({e}); make the pairs again, finished shards are kept") from None
+    if not isinstance(m, dict) or m.get("kind") != "pairs" or m.get("schema") != 1:
+        raise FileError(f"{path}: not a manifest of pairs of schema 1")
+    recipe, shards = m.get("recipe"), m.get("shards")
+    if not isinstance(recipe, dict) or not {"shape", "num_classes"} <= recipe.keys():
+        raise FileError(f"{path}: damaged: its recipe names no shape and number of classes")
+    if not isinstance(shards, list) or not shards or not all(map(is_entry, shards)):
+        raise FileError(f"{path}: damaged: its list of shards is not one of files in this folder, their pairs and sha256")
+    return m
+
+def is_entry(s) -> bool:
+    "Does a manifest's entry name a shard of its own folder?"
+    if not isinstance(s, dict) or not isinstance(s.get("file"), str) or not isinstance(s.get("sha256"), str):
+        return False
+    return re.fullmatch(r"[\w-]+\.safetensors", s["file"]) is not None and type(s.get("pairs")) is int and s["pairs"] > 0
 
 def verify_pairs(folder, afresh: bool = False) -> list:  # hash again what was checked before? -> messages, one per shard that is wrong; raises FileError
     "Check every shard of a folder against the manifest."
@@ -242,7 +268,7 @@ def verify_pairs(folder, afresh: bool = False) -> list:  # hash again what was c
                 del known[path.name]       # only what is good is remembered
     return wrong
 
-# %% ../nbs/13_pairs.ipynb #81322a64
+# %% ../nbs/13_pairs.ipynb #9e5af1ee
 class PairDataset:
     "Pairs of a folder, by index; `batch` takes many at once."
     def __init__(self, folder, verify: bool = True):  # check shards that have not been checked; raises FileError
@@ -258,18 +284,22 @@ class PairDataset:
     def __getitem__(self, i): return {k: v[0] for k, v in self.batch([i]).items()}
 
     def batch(self, index):  # int (B,); raises IndexError -> dict of tensors: noise, image (B, C, H, W) as stored (ours: float32), label, seed int64 (B,)
-        index = np.asarray(index); index = np.where(index < 0, index + len(self), index)
-        if ((index < 0) | (index >= len(self))).any(): raise IndexError(f"pair {index.min()} or {index.max()} is outside of 0..{len(self) - 1}")
+        index = np.asarray(index)
+        index = np.where(index < 0, index + len(self), index)
+        if ((index < 0) | (index >= len(self))).any():
+            raise IndexError(f"pair {index.min()} or {index.max()} is outside of 0..{len(self) - 1}")
         of = np.searchsorted(self.ends, index, side="right")
         kinds = {"noise": (np.float32, self.shape)} | {k: (dtype, shape[1:]) for k, (_, dtype, shape) in self.shard(0).tensors.items()}
         out = {k: np.empty((len(index), *shape), dtype) for k, (dtype, shape) in kinds.items()}
         for s in np.unique(of):
             at, shard = np.flatnonzero(of == s), self.shard(int(s))
-            for k in out.keys() & shard.tensors.keys(): shard.rows(k, index[at] - (self.ends[s - 1] if s else 0), out[k], at)
-            if "noise" not in shard.tensors: out["noise"][at] = [pair_noise(int(i), self.shape) for i in out["seed"][at]]
+            for k in out.keys() & shard.tensors.keys():
+                shard.rows(k, index[at] - (self.ends[s - 1] if s else 0), out[k], at)
+            if "noise" not in shard.tensors:
+                out["noise"][at] = [pair_noise(int(i), self.shape) for i in out["seed"][at]]
         return {k: torch.from_numpy(v) for k, v in out.items()}
 
-# %% ../nbs/13_pairs.ipynb #47ec0771
+# %% ../nbs/13_pairs.ipynb #3f9cb489
 def pairs_info(folder) -> dict:  # raises FileError
     "What a folder of pairs holds, in a few numbers."
     m, folder = read_manifest(folder), Path(folder)
@@ -283,11 +313,15 @@ def merge_pairs(folders,   # of pairs, at least one
                ) -> dict:  # the manifest; raises FileError
     "Gather the shards of several folders in one."
     target, parts = Path(target), [(Path(f), read_manifest(f)) for f in folders]
-    if target.exists() and any(target.iterdir()): raise FileError(f"{target}: not empty; name a new folder to merge into")
+    if target.exists() and any(target.iterdir()):
+        raise FileError(f"{target}: not empty; name a new folder to merge into")
     first, free = parts[0][1], ("n", "first_seed", "shard_size")
     for f, m in parts:
         differs = [k for k in first["recipe"] if k not in free and m["recipe"].get(k) != first["recipe"][k]]
-        if differs: raise FileError(f"{f}: made with {differs[0]} = {m['recipe'].get(differs[0])!r}, {parts[0][0]} with {first['recipe'][differs[0]]!r}: pairs of different recipes are not merged")
+        if differs:
+            raise FileError(f"{f}: made with {differs[0]} = {m['recipe'].get(differs[0])!r}, {parts[0][0]} with {first['recipe'][differs[0]]!r}: pairs of different recipes are not merged")
+        if any("first_seed" not in s for s in m["shards"]):
+            raise FileError(f"{f}: imported pairs have no seeds; they are not merged")
         if wrong := verify_pairs(f): raise FileError(wrong[0])
     shards = sorted(((s["first_seed"], s, f) for f, m in parts for s in m["shards"]), key=lambda x: x[0])
     for (a, s, f), (b, _, g) in zip(shards, shards[1:]):

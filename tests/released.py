@@ -56,13 +56,15 @@ def nested(state):
     return tree
 
 
-def write_edm(path, teacher, precond="EDMPrecond", network="SongUNet"):
-    "An EDM .pkl of one of our teachers (a DDPM++)."
+def write_edm(path, teacher, precond="EDMPrecond", network="SongUNet", lacks=(), **change):
+    "An EDM .pkl of one of our teachers; of its constructor arguments, `lacks` are left out and `change` are others."
     c = teacher.config
     cfg = replace(TEACHERS[c["name"]], **{k: v for k, v in c.items() if k in UNetConfig.__dataclass_fields__})
     init = dict(img_resolution=c["image_size"], img_channels=c["channels"], label_dim=c["num_classes"], model_type=network, model_channels=cfg.base, channel_mult=list(cfg.mult), num_blocks=cfg.blocks,
-                attn_resolutions=list(cfg.attention), dropout=cfg.dropout, augment_dim=cfg.augment_dim, embedding_type="positional", encoder_type="standard", decoder_type="standard",
-                channel_mult_noise=1, resample_filter=[1, 1])
+                attn_resolutions=list(cfg.attention), dropout=cfg.dropout, augment_dim=cfg.augment_dim, decoder_type="standard", use_fp16=False)
+    init |= dict(embedding_type="positional", encoder_type="standard", channel_mult_noise=1, resample_filter=[1, 1]) if cfg.variant == "ddpmpp" else dict(
+        embedding_type="fourier", encoder_type="residual", channel_mult_noise=2, resample_filter=[1, 3, 3, 1])
+    init = {k: v for k, v in (init | change).items() if k not in lacks}
     module = types.ModuleType("torch_utils.persistence")
     exec("def _reconstruct_persistent_obj(meta): raise AssertionError('the pickle was executed')", module.__dict__)
     module._reconstruct_persistent_obj.__module__ = "torch_utils.persistence"

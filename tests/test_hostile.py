@@ -2,6 +2,8 @@
 import functools
 import importlib
 import io
+import itertools
+import json
 import operator
 import os
 import pickle
@@ -20,11 +22,14 @@ import pytest
 import torch
 
 import released
+from get_nb import checkpoints, reader
 from get_nb.checkpoints import import_reference_pairs, load_edm_pickle, load_reference_get
-from get_nb.files import FileError, UnsafeFileError
+from get_nb.files import FileError, UnsafeFileError, load_checkpoint, save_tensors
 from get_nb.images import cifar_batch
 from get_nb.models import create_model
+from get_nb.pairs import PairDataset, merge_pairs, pairs_info, verify_pairs
 from get_nb.reader import read_torch
+from get_nb.unet import create_teacher
 
 DATA = Path(__file__).parent / "data"
 CANARY = "CANARY"           # replaced by the path of a file that must not appear
@@ -47,6 +52,11 @@ def op(text, *parts):
 
 def uni(s):
     return b"\x8c" + bytes([len(s)]) + s.encode()
+
+
+def doubled(n):
+    "A tuple that holds the one before it twice, n times over: a few bytes that say 2^n values."
+    return b"K\x01\x85\x94" + b"".join(bytes([0x68, i, 0x86, 0x94]) for i in range(n))
 
 
 # Each entry: name -> bytes of a pickle that does harm when it is loaded the usual way (or tries to).
@@ -94,6 +104,9 @@ PROGRAMS = {
     "a list that holds itself": op(b"]\x94h\x00a"), "a dictionary that holds itself": op(b"}\x94\x8c\x01ah\x00s"),
     "nested 100,000 deep": op(b"]" * 100_000 + b"a" * 99_999),
     "a tuple nested 100,000 deep for a key": op(b"})" + b"\x85" * 100_000 + b"K\x01s"), "a name nested 100,000 deep": op(b")" + b"\x85" * 100_000 + b"K\x01\x93"),
+    "a tuple doubled 60 times for a key": op(b"}", doubled(60), b"K\x01s"), "a tuple doubled 60 times for a name": op(doubled(60), b"K\x01\x93"),
+    "a tuple doubled 200 times": op(b"}\x8c\x03ema", doubled(200), b"s"), "a tuple of more than there is": op(b"K\x01\x86"),
+    "a name of a million letters": op(b"X" + struct.pack("<I", 10**6) + b"a" * 10**6, uni("x"), b"\x93"), "LONG4": op(b"\x8b" + struct.pack("<i", 9) + b"\x01" * 9),
     "nothing": b"", "only text": b"hello, I am not a pickle at all, but quite long",
 }
 
@@ -148,8 +161,7 @@ def test_a_hostile_pickle_is_refused_in_every_place_it_can_hide(name, here):
     assert not (here / "out").exists()
 
 
-BROKEN = {"memo of nothing", "no mark", "string that is not utf-8", "length of 2^63", "bytes that are not there", "BYTEARRAY8", "INT of many digits", "nothing", "only text",
-          "a tuple nested 100,000 deep for a key", "a name nested 100,000 deep"}
+BROKEN = {"a tuple of more than there is", "memo of nothing", "no mark", "string that is not utf-8", "length of 2^63", "bytes that are not there", "BYTEARRAY8", "INT of many digits", "nothing", "only text"}
 
 
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in BROKEN])
@@ -169,6 +181,9 @@ STATES = {
     "a wrong shape": lambda s: s | {"blocks.0.norm1.bias": torch.zeros(65)},
     "a missing key": lambda s: {k: v for k, v in s.items() if "qkv_inj" not in k},
     "a surplus key": lambda s: s | {"more": torch.zeros(2)},
+    "whole numbers for weights": lambda s: {k: v.long() for k, v in s.items()}, "truths for weights": lambda s: {k: v > 0 for k, v in s.items()},
+    "no tokens": lambda s: s | {"pos_embed": torch.zeros(1, 0, 64)}, "no channels": lambda s: s | {"x_embedder.proj.weight": torch.zeros(64, 0, 2, 2)},
+    "a name of a million letters": lambda s: s | {"x" * 10**6: "text"},
     "a text for a tensor": lambda s: s | {"pos_embed": "text"},
     "no tensor at all": lambda s: {},
     "a list": lambda s: [1, 2],
@@ -241,6 +256,7 @@ def tuple_of(values):
 VIEWS = {
     "more than the storage": (0, (7,), (1,)), "an offset outside": (6, (1,), (1,)), "a negative offset": (-1, (2,), (1,)), "a negative size": (0, (-2,), (1,)), "a negative stride": (0, (2,), (-1,)),
     "a stride outside": (0, (2, 2), (5, 5)), "a repeated storage (bomb)": (0, (2**30, 2**30), (0, 0)), "sizes that overflow": (0, (2**61, 2**61), (1, 1)), "strides that overflow": (0, (2, 2), (2**63, 1)),
+    "no elements, sizes that overflow": (0, (2**40, 2**40, 0), (1, 1, 1)), "no elements, an offset far outside": (2**60, (0,), (1,)),
     "another number of strides": (0, (2, 3), (1,)), "nine dimensions": (0, (1,) * 9, (1,) * 9),
 }
 
@@ -260,6 +276,55 @@ def test_the_handmade_tensor_is_read_when_it_is_honest(here):
         read_torch(here / "t.pth")
 
 
+def legacy(body, n=6):
+    "A torch file of the older layout: a pickle, and one storage of six floats that is said to hold n."
+    head = b"".join(pickle.dumps(v, 2) for v in (0x1950a86a20f9469cfc6c, 1001, dict(little_endian=True)))
+    return head + op(body) + pickle.dumps(["0"], 2) + struct.pack("<q", n) + np.arange(6, dtype=np.float32).tobytes()
+
+
+def storage(n=6):
+    return b"(" + uni("storage") + uni("torch") + uni("FloatStorage") + b"\x93" + uni("0") + uni("cpu") + number(n) + b"tQ"
+
+
+def rebuilt(inner, size=(2,), stride=(1,)):
+    return uni("torch._utils") + uni("_rebuild_tensor_v2") + b"\x93(" + inner + number(0) + tuple_of(size) + tuple_of(stride) + b"tR"
+
+
+ODD = {
+    "a tensor without dimensions for a storage": rebuilt(rebuilt(storage(), (), ()), (), ()), "a matrix for a storage": rebuilt(rebuilt(storage(), (2, 3), (3, 1))),
+    "a text for a storage": rebuilt(uni("0")), "a state for a tensor": rebuilt(storage()) + b"}b", "items for a tensor": rebuilt(storage()) + b"K\x01K\x02s",
+    "a tensor for the state of a namespace": uni("argparse") + uni("Namespace") + b"\x93)\x81" + rebuilt(storage()) + b"b",
+    "a tensor for the items of a dictionary": uni("collections") + uni("OrderedDict") + b"\x93" + rebuilt(storage()) + b"\x85R",
+    "parameters of parameters": (uni("torch._utils") + uni("_rebuild_parameter") + b"\x93") * 99 + rebuilt(storage()) + b"\x85R" * 99,
+    "a torch file in a torch file": uni("torch.storage") + uni("_load_from_bytes") + b"\x93B\x00\x00\x00\x00\x85R",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_tensor_put_together_in_an_odd_way_is_refused(name, here):
+    path = here / "t.pth"
+    path.write_bytes(legacy(rebuilt(storage())))
+    assert read_torch(path).tolist() == [0., 1.]
+    path.write_bytes(legacy(ODD[name]))
+    check(read_torch, path, here / CANARY)
+    path.write_bytes(pickle.dumps(dict(ema=Calls(torch.storage._load_from_bytes, legacy(ODD[name])))))
+    check(load_edm_pickle, path, here / CANARY)
+
+
+@pytest.mark.parametrize("n", [2**40, 2**61, 2**62, 2**63 - 1])
+def test_a_storage_larger_than_any_file_is_refused(n, here):
+    for layout, keep in itertools.product((legacy(rebuilt(storage(n)), n), None), (True, False)):
+        path = here / "t.pth"
+        path.write_bytes(layout) if layout else tensor_pickle(0, (6,), (1,), n)(path)
+        check(functools.partial(read_torch, keep=keep), path, here / CANARY)
+
+
+def test_a_pickle_of_too_many_instructions_is_refused(here, monkeypatch):
+    monkeypatch.setattr(reader, "MOST", 1000)
+    (here / "long.pkl").write_bytes(op(b"]" * 1001))
+    check(load_edm_pickle, here / "long.pkl", here / CANARY, UnsafeFileError)
+
+
 EDM = (DATA / "edm_ddpmpp_cond.pkl").read_bytes()
 
 
@@ -271,6 +336,59 @@ def test_edm_networks_that_are_not_supported_get_one_clear_refusal(old, new, wor
     (here / "edm.pkl").write_bytes(EDM.replace(old, new))
     with pytest.raises(FileError, match=words):
         load_edm_pickle(here / "edm.pkl")
+
+
+def small_teacher():
+    return create_teacher("edm-cifar10-32x32-uncond-vp", image_size=8, base=8, mult=(1,), blocks=1, attention=(), augment_dim=0)
+
+
+BOMB = functools.reduce(lambda t, _: (t, t), range(40), (1,))
+ARGUMENTS = dict(
+    label_dim=10**9, img_channels=10**8, model_channels=10**6, num_blocks=10**8, channel_mult=[1] * 3000, augment_dim=2**40, img_resolution=-8, dropout="much", attn_resolutions=8,
+    resample_filter=5, embedding_type=[1], encoder_type=BOMB, model_type="x" * 10**6, decoder_type=None, sigma_data=0., channel_mult_noise=True)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_constructor_arguments_cost_nothing_before_they_are_compared_with_the_tensors(name, here):
+    change = {name: ARGUMENTS[name]}
+    if name == "channel_mult_noise": change |= dict(img_channels="three")
+    released.write_edm(here / "edm.pkl", small_teacher(), **change)
+    check(load_edm_pickle, here / "edm.pkl", here / CANARY)
+
+
+def test_a_module_inside_of_many_is_refused_before_they_are_counted(here, monkeypatch):
+    grow = released.nested
+    def many(state):
+        tree = grow(state)
+        for _ in range(30):
+            tree = released.Persistent("Layer", _parameters={}, _buffers={}, _modules=dict(a=tree, b=tree))
+        return tree
+    monkeypatch.setattr(released, "nested", many)
+    monkeypatch.setattr(checkpoints, "MOST_MODULES", 500)
+    released.write_edm(here / "edm.pkl", small_teacher())
+    check(load_edm_pickle, here / "edm.pkl", here / CANARY)
+
+
+MANIFESTS = dict(
+    bare={}, nothing=dict(recipe=dict(shape=[1], num_classes=0), shards=[]), text=dict(recipe=dict(shape=[1], num_classes=0), shards="abc"),
+    climbs=dict(recipe=dict(shape=[1], num_classes=0), shards=[dict(file="../../secret.safetensors", pairs=1, sha256="0")]),
+    absolute=dict(recipe=dict(shape=[1], num_classes=0), shards=[dict(file="/etc/hostname", pairs=1, sha256="0")]),
+    negative=dict(recipe=dict(shape=[1], num_classes=0), shards=[dict(file="a.safetensors", pairs=-1, sha256="0")]))
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_a_manifest_that_reaches_outside_of_its_folder_or_is_incomplete_is_refused(name, here):
+    (here / "manifest.json").write_text(json.dumps(dict(kind="pairs", schema=1) | MANIFESTS[name]))
+    for use in (pairs_info, verify_pairs, PairDataset, lambda f: merge_pairs([f], f / "merged")):
+        with pytest.raises(FileError, match="manifest.json: damaged"):
+            use(here)
+
+
+@pytest.mark.parametrize("info", [[1], dict(kind=[1]), dict(kind="checkpoint", schema=1, config="text"), dict(kind="checkpoint", schema=1, config=dict(builder=[1])),
+                                  dict(kind="checkpoint", schema=1, config=dict(builder="teacher", name=["x"])), dict(kind="checkpoint", schema=1, config=dict(builder="teacher", name="unet-digits", channels=-1))])
+def test_a_checkpoint_of_ours_that_says_nonsense_is_one_line(info, here):
+    save_tensors(here / "o.safetensors", dict(a=torch.zeros(1)), info)
+    check(load_checkpoint, here / "o.safetensors", here / CANARY)
 
 
 def test_source_text_in_a_pickle_is_data(here):

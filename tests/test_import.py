@@ -1,5 +1,6 @@
 """What the authors released, read into our formats: exact, resumable, in bounded memory; whatever does not fit is one clear line."""
 import json
+import os
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from get_nb.data import load_data
 from get_nb.files import FileError, load_checkpoint
 from get_nb.images import load_cifar10, load_folder
 from get_nb.models import create_model
-from get_nb.pairs import PairDataset
+from get_nb.pairs import PairDataset, merge_pairs
 from get_nb.sampler import edm_sigmas, heun_sample
 from get_nb.unet import create_teacher, load_diffusers
 from test_parity import STATE, shapes_in
@@ -132,6 +133,41 @@ def test_an_edm_network_is_loaded_and_its_relatives_are_refused_in_one_line(prec
     code, _, lines = command(capsys, released.write_edm(tmp_path / "other.pkl", teacher, precond, network), "--out", tmp_path / "o.safetensors")
     assert code == 2 and len(lines) == 1 and word in lines[0] and "supported" in lines[0]
     assert not list(tmp_path.glob("*o.safe*"))
+
+
+@pytest.mark.parametrize("kind", ["cond", "uncond"])
+@pytest.mark.parametrize("variant", ["vp", "ve"])
+def test_an_edm_file_that_names_only_what_differs_from_the_defaults_is_imported_under_its_own_name(kind, variant, tmp_path, capsys):
+    seed_everything(0)
+    name = f"edm-cifar10-32x32-{kind}-{variant}"
+    teacher = create_teacher(name, base=8, mult=(1, 1, 1))
+    unsaid = ("num_blocks", "attn_resolutions", "decoder_type")             # EDM's train.py never passes the first two
+    path = released.write_edm(tmp_path / "x.pkl", teacher, lacks=unsaid)
+    back = load_edm_pickle(path)
+    assert back.config["name"] == name and back.sigma_data == .5
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in teacher.state_dict().items())
+    code, said, _ = command(capsys, path, "--out", tmp_path / "t.safetensors")
+    assert code == 0 and f"{name}, images 3x32x32, {'10' if kind == 'cond' else 'no'} classes" in said
+    assert load_edm_pickle(released.write_edm(tmp_path / "y.pkl", teacher, sigma_data=.7)).sigma_data == .7
+
+
+def test_pairs_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch):
+    released.write_pairs(tmp_path / "src", ["9"], 10, 10)
+    shard = checkpoints.pairs_shard
+    def meanwhile(*args):
+        os.utime(tmp_path / "src/latent/9.pkl", ns=(1, 1))
+        return shard(*args)
+    monkeypatch.setattr(checkpoints, "pairs_shard", meanwhile)
+    with pytest.raises(FileError, match=r"9\.pkl.* changed while it was read"):
+        import_reference_pairs(tmp_path / "src", tmp_path / "out", 4)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_imported_pairs_are_not_merged(tmp_path):
+    released.write_pairs(tmp_path / "src", ["9"], 10, 10)
+    import_reference_pairs(tmp_path / "src", tmp_path / "out")
+    with pytest.raises(FileError, match="imported pairs have no seeds"):
+        merge_pairs([tmp_path / "out"], tmp_path / "merged")
 
 
 def test_the_command_imports_each_kind_and_leaves_nothing_behind_when_it_cannot(tmp_path, capsys):

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -137,6 +138,17 @@ def statistics_file(path, kind):
         np.savez(path, mu=mu, sigma=sigma)
         path.write_bytes(path.read_bytes()[:-30])
         return "not an npz file"
+    if kind == "bomb":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z, z.open("mu.npy", "w") as f:
+            for _ in range(520):
+                f.write(bytes(2**20))
+        return "unpack to 545,259,520 bytes"
+    if kind in ("huge", "overflow", "negative size"):
+        shape = dict(huge=(10**13,), overflow=(2**62, 2**62))[kind] if kind != "negative size" else (-1,)
+        head = repr(dict(descr="<f8", fortran_order=False, shape=shape)).ljust(117).encode() + b"\n"
+        with zipfile.ZipFile(path, "w") as z:
+            z.writestr("mu.npy", b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head)
+        return "not an npz file"
     bad = dict(nameless=(dict(mu=mu), "not an npz file"), shapes=(dict(mu=np.zeros(4), sigma=sigma), "should be"), scalar=(dict(mu=np.zeros(()), sigma=np.zeros(())), "should be"),
                nan=(dict(mu=mu, sigma=sigma * np.nan), "NaN"), asymmetric=(dict(mu=mu, sigma=np.triu(np.ones((3, 3)))), "not symmetric"),
                negative=(dict(mu=mu, sigma=-sigma), "negative variance"), text=(dict(mu=np.array(["a"] * 3), sigma=sigma), "not real numbers"))
@@ -144,7 +156,7 @@ def statistics_file(path, kind):
     return bad[kind][1]
 
 
-@pytest.mark.parametrize("kind", ["absent", "pickle", "object", "npy", "truncated", "nameless", "shapes", "scalar", "nan", "asymmetric", "negative", "text"])
+@pytest.mark.parametrize("kind", ["absent", "pickle", "object", "npy", "truncated", "nameless", "shapes", "scalar", "nan", "asymmetric", "negative", "text", "bomb", "huge", "overflow", "negative size"])
 def test_statistics_that_are_no_gaussian_are_refused_in_one_line_and_run_nothing(tmp_path, kind):
     path = tmp_path / "s.npz"
     reason = statistics_file(path, kind)
@@ -152,6 +164,21 @@ def test_statistics_that_are_no_gaussian_are_refused_in_one_line_and_run_nothing
         load_statistics(path)
     assert str(path) in str(e.value) and reason in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "canary").exists()
+
+
+def test_precision_and_recall_hold_a_few_rows_of_distances_and_say_what_all_at_once_do(monkeypatch):
+    from get_nb import metrics
+    from torch_fidelity.metric_prc import prc_features_to_metric
+    a, b = (dict(features=torch.randn(n, 8, generator=torch_rng(n)), logits=torch.randn(n, 3, generator=torch_rng(n))) for n in (300, 200))
+    network = type("Network", (), dict(device="cpu", reference=lambda self, x: dict(features=b["features"], statistics=metrics.fid_features_to_statistics(b["features"]))))()
+    seen, cdist = [], torch.cdist
+    monkeypatch.setattr(torch, "cdist", lambda x, y: seen.append(len(x) * len(y)) or cdist(x, y))
+    whole = prc_features_to_metric(a["features"], b["features"], save_cpu_ram=False, verbose=False)
+    assert max(seen) == 300 * 300
+    seen.clear()
+    monkeypatch.setattr(metrics, "DISTANCES", 6000)
+    out = compare(a, torch.zeros(1), network)
+    assert max(seen) <= 6000 and (out["precision"], out["recall"]) == (whole["precision"], whole["recall"])
 
 
 def test_nearest_training_images_are_the_same_in_pieces():
@@ -200,29 +227,7 @@ def test_perceptual_losses_say_what_they_need(no_network, monkeypatch):
         get_loss("lpips")
 
 
-# One interpreter starts two workers, as torchrun would, before it computes anything itself; each calls the command line.
-TWICE = """
-import os, sys
-import torch, get_nb.cli, get_nb.evaluate, get_nb.data, get_nb.metrics
-torch.set_num_threads(1)
-folder, weights, args = sys.argv[1], sys.argv[2], sys.argv[2:]
-def run(**env):
-    os.environ.update({k: str(v) for k, v in env.items()})
-    try: get_nb.cli.main(["evaluate", *args, "--json", f"{folder}/{env.get('WORLD_SIZE', 1)}.json"])
-    except SystemExit as e: return e.code
-children = []
-for rank in (0, 1):
-    pid = os.fork()
-    if pid == 0: os._exit(run(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ["PORT"]) or 0)
-    children.append(pid)
-codes = [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in children]
-sys.exit(max(codes) or run())
-"""
-
-
 def test_two_processes_measure_what_one_does(tmp_path):
-    import socket
-
     from get_nb.core import seed_everything
     from get_nb.files import save_checkpoint
     from get_nb.metrics import create_classifier
@@ -231,14 +236,15 @@ def test_two_processes_measure_what_one_does(tmp_path):
     kw = dict(num_classes=10, image_size=8, channels=1)
     save_checkpoint(tmp_path / "get.safetensors", create_model("GET-digits/2", **kw))
     save_checkpoint(tmp_path / "c.safetensors", create_classifier(**kw))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    done = subprocess.run([sys.executable, "-c", TWICE, tmp_path, tmp_path / "get.safetensors", "--classifier", tmp_path / "c.safetensors", "--n", "230", "--batch", "50", "--device", "cpu"],
-                          cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1", PORT=str(port), GET_NB_PROGRESS="off"))
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "get_nb_command.py").write_text("from get_nb.cli import main\nmain()\n")
+    command = [tmp_path / "get_nb_command.py", "evaluate", tmp_path / "get.safetensors", "--classifier", tmp_path / "c.safetensors", "--samples", "230", "--batch", "50", "--device", "cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = dict(os.environ, OMP_NUM_THREADS="1", GET_NB_PROGRESS="off", PYTHONPATH=str(ROOT))
+    for n, start in ((1, [sys.executable]), (2, torchrun)):
+        done = subprocess.run([*start, *command, "--json", tmp_path / f"{n}.json"], cwd=ROOT, capture_output=True, text=True, env=env)
+        assert done.returncode == 0 and not done.stdout, done.stderr
+        assert done.stderr.count("FD-digits ↓") == 1 and "digits/train" in done.stderr       # one table: the second process prints none
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     for r in (one, two):
         r.pop("ms_per_image")
     assert one == two and one["samples"] == 230 and one["distance"] == "FD-digits" and one["n_iter"] == 4
-    assert done.stderr.count("FD-digits ↓") == 2 and "digits/train" in done.stderr       # each run prints one table, the second process none
