@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STORAGES', 'TORCH', 'ALLOWED', 'ARRAYS', 'VALUES', 'FIXED', 'MAKERS', 'MARK', 'MOST', 'MAGIC', 'PROTOCOL', 'Token',
-           'Node', 'short', 'Notebook', 'Machine', 'read_pickle', 'whole', 'view', 'storage_request', 'from_bytes',
-           'map_file', 'mapped', 'read_legacy', 'Archive', 'read_zip', 'storage_of', 'resolve', 'carry_out',
-           'read_torch', 'as_array', 'read_array_pickle']
+           'Node', 'short', 'Stack', 'Notebook', 'Machine', 'read_pickle', 'whole', 'view', 'storage_request',
+           'from_bytes', 'map_file', 'mapped', 'read_legacy', 'Archive', 'read_zip', 'storage_of', 'resolve',
+           'carry_out', 'read_torch', 'as_array', 'read_array_pickle']
 
 # %% ../nbs/06_reader.ipynb #ebd5ccd7
 import io, math, mmap, pickletools, zipfile
@@ -53,9 +53,9 @@ def short(v) -> str:
     if isinstance(v, (str, bytes)): return repr(v[:80])
     return repr(v) if isinstance(v, (int, float, type(None))) else f"a {type(v).__name__}"
 
-# %% ../nbs/06_reader.ipynb #553f4d50
-class Notebook:
-    "The memory of the machine: a stack, a memo, and the rules for what may be put where."
+# %% ../nbs/06_reader.ipynb #07ec63e5
+class Stack:
+    "The memory of the machine: a stack of values with marks, and a memo."
     def __init__(self, where: str, persistent=None, allowed=ALLOWED):
         self.where, self.persistent, self.allowed = where, persistent, allowed
         self.stack, self.memo, self.pos = [], {}, 0
@@ -75,6 +75,9 @@ class Notebook:
         del self.stack[at:]
         return items
 
+# %% ../nbs/06_reader.ipynb #4a44858e
+class Notebook(Stack):
+    "The rules for what may be named, and what may be put where. What a pickle calls is written down, not called."
     def name(self, module, name):
         if not isinstance(module, str) or not isinstance(name, str):
             self.refuse("names something by other things than texts")

@@ -211,3 +211,12 @@ def test_supervised_iterations_and_weights_refuse_what_means_nothing():
             supervised(4, bad)
     with pytest.raises(ConfigError, match="linear"):
         correction_weights(4, kind="linaer")
+
+
+def test_a_training_step_with_an_implicit_gradient_can_be_counted():
+    from get_nb.evaluate import training_cost
+    model = create_model("GET-digits/2", num_classes=10, state="normalized", gradient="implicit", solver="anderson", n_iter=3, adjoint_iter=2)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=.1)      # as initialised it gives no gradient: nothing to solve
+    longer = with_options(model, adjoint_iter=6)
+    shorter, more = (training_cost(m, DistillConfig(n_iter=3), 2)["train_gflop"] for m in (model, longer))
+    assert more > 1.1 * shorter                  # each product of the adjoint solver is counted

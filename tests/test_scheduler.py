@@ -24,8 +24,8 @@ def run(monkeypatch, tmp_path):
             log.append(f"{s.name} ends")
             return dict(seconds=0)
         monkeypatch.setattr(pipeline, "run_stage", fake)
-        monkeypatch.setattr(pipeline, "why_run", lambda s, runs: "test")
-        monkeypatch.setattr(pipeline, "stage_key", lambda s, runs: {})
+        monkeypatch.setattr(pipeline, "why_run", lambda s, runs, keep=False: "test")
+        monkeypatch.setattr(pipeline, "stage_key", lambda s, runs, keep=False: {})
         monkeypatch.setattr(pipeline, "load_profile", lambda root, name: {s.name: s for s in stages})
         error = None
         try:
