@@ -6,7 +6,7 @@ import yaml
 from conftest import ROOT, get_nb
 from get_nb.stages import load_profile
 
-SMALL = dict(device="cpu", threads=1, steps=4, batch_size=16, warmup=1, checkpoint_every=2, n=64, shard_size=32, num_steps=2, samples=300, floor_splits=2, teacher="unet-digits")
+SMALL = dict(device="cpu", threads=1, steps=4, batch_size=16, warmup=1, checkpoint_every=2, n=64, shard_size=32, num_steps=2, samples=300, floor_splits=2, teacher="unet-digits", tflop=0., start=4, monitor_samples=100, monitor_every=2)
 
 
 def shrunk(profile):
@@ -17,7 +17,7 @@ def shrunk(profile):
         params |= {k: v for k, v in SMALL.items() if k in params}
         if "sweep" in params:
             params["sweep"] = params["sweep"][:1]
-        if params.get("overrides") is not None:
+        if s.notebook.stem == "student":
             params["overrides"] = params["overrides"] | dict(dim=32, heads=4, depth=1)
         spec = dict(notebook=s.notebook.stem, params=params, inputs=s.inputs, rows=s.rows)
         stages[name] = {k: v for k, v in spec.items() if v}
