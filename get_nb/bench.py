@@ -29,7 +29,7 @@ from .sampler import heun_sample
 from .train import ema_update
 from .unet import create_teacher
 
-# %% ../nbs/52_bench.ipynb #8cbab4b5
+# %% ../nbs/52_bench.ipynb #76cb6f95
 def timed(f, device) -> float:  # seconds
     "Wall time of one call, the device's queue emptied before and after."
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
@@ -39,10 +39,10 @@ def timed(f, device) -> float:  # seconds
 def take_turns(contenders: dict,     # name -> function without arguments
                rounds: int,          # measured rounds, after one to warm up
                device="cpu",
-               yardsticks: dict = {},    # name -> function that returns FLOP/s
+               yardsticks: dict = None,  # name -> function that returns FLOP/s
               ) -> list:             # per round, name -> seconds, and yardstick's name -> FLOP/s
     "Interleaved measurements."
-    def turn(): return {k: f() for k, f in yardsticks.items()} | {name: timed(f, device) for name, f in contenders.items()}
+    def turn(): return {k: f() for k, f in (yardsticks or {}).items()} | {name: timed(f, device) for name, f in contenders.items()}
     return [turn() for _ in range(rounds + 1)][1:]
 
 def paired(rounds: list,         # of take_turns
@@ -134,9 +134,9 @@ def training_step(run, batch, cfg: BenchConfig, released: bool):  # -> function 
             for a, b in zip(ema.parameters(), run.parameters()): a.mul_(.9999).add_(b, alpha=1e-4)
     return step
 
-# %% ../nbs/52_bench.ipynb #72b17b09
+# %% ../nbs/52_bench.ipynb #5fdf6188
 def peak_memory(f, run, batch, cfg: BenchConfig, device):  # -> MB or None
-    "The most that is alive at once: on a GPU during f, on a CPU during the loss and its backward pass, parameters left out."
+    "The most that is alive at once: on a GPU during f, on a CPU of what the loss and its backward pass make."
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(); timed(f, device)
         return torch.cuda.max_memory_allocated() / 1e6
@@ -224,7 +224,7 @@ def run_bench(cfg: BenchConfig, device: str = "auto", threads: int = 0) -> dict:
                 peaks={k[5:]: statistics.median(v) for k, v in seen.items()}, peak_shapes={k[5:]: s for k, (s, _) in shapes.items()},
                 peaks_of_rounds=peaks, rows=rows)
 
-# %% ../nbs/52_bench.ipynb #6391d1ae
+# %% ../nbs/52_bench.ipynb #e8843ae2
 LABELS = dict(reference="reference formulation: eager, {single}", float32="ours, {single}", bf16="ours, bf16", compiled="ours, bf16, compiled",
               constant="ours, bf16, constant memory", reading="random batches of 256", processor="the same, by processor time")
 TASKS = dict(sampling="sampling", training="training step", teacher="teacher, pairs", pairs="reading pairs")
@@ -239,7 +239,7 @@ def bench_notes(record: dict) -> list:
              f"{c['image_size']}x{c['image_size']}, batch {c['batch_size']}, {c['rounds']} interleaved rounds after one to warm up; medians; "
              "speed-ups and shares of the peak are medians of the ratios within a round. "
              f"Teacher: batch {c['teacher_batch']}, {c['num_steps']} Heun steps, {c['teacher_rounds']} rounds.",
-             "FLOPs are counted on the reference formulation. Memory, parameters and optimizer left out: the most that is alive at once in a training step's loss and backward pass."]
+             "FLOPs are counted on the reference formulation. Memory: the most that is alive at once of what a training step's loss and backward pass make, gradients included, the model and its optimizer not."]
     if gpu: notes[-1] = "FLOPs are counted on the reference formulation. Memory: the most that was allocated, by all rows' models and one row's work."
     if record["keeps_memory"]: notes.append("The C library keeps freed memory (mallopt), for all rows alike: otherwise page faults take up to a tenth of the time.")
     return notes

@@ -64,10 +64,10 @@ def learnable(folder, n=120):
     write_json(folder / "manifest.json", dict(kind="pairs", schema=1, recipe=recipe, shards=[dict(file=path.name, pairs=n, first_seed=0, sha256=sha256_file(path))]))
 
 
-def student(folder, fast=False, name="GET-digits/2", options={}, **change):
+def student(folder, fast=False, name="GET-digits/2", options=None, **change):
     "Distil the pairs in `folder` into a small student, keeping its state there; -> ema, history."
     seed_everything(0, name)
-    model = create_model(name, num_classes=10, image_size=8, channels=1, dim=32, depth=1, **options)
+    model = create_model(name, num_classes=10, image_size=8, channels=1, dim=32, depth=1, **(options or {}))
     cfg = TrainConfig(**CONFIG | dict(lr=1e-3, batch_size=16, checkpoint_every=25) | change)
     return distill(model, PairDataset(Path(folder) / "pairs"), DistillConfig(n_iter=4), cfg, Path(folder) / "state", fast=fast)
 
