@@ -46,7 +46,7 @@ def main(args=None):  # exits with 0, 1 or 2
     except pipeline.StageError as e: fail(1, e)
     except OSError as e: fail(2, f"{e.filename or ''}: {e.strerror or e}")
 
-# %% ../nbs/51_cli.ipynb #bd2688e2
+# %% ../nbs/51_cli.ipynb #1c491e08
 def options(*names):
     "Options that several commands share."
     known = dict(profile=click.option("--profile", default="cpu", show_default=True, help="Profile: a name in nbs/paper/profiles, or a yaml file."),
@@ -54,6 +54,7 @@ def options(*names):
                  group=click.option("--group", help="Only the stages of this group, and what they need."),
                  root=click.option("--root", type=click.Path(), help="The clone; by default found from the working directory upwards."),
                  keep=click.option("--keep", is_flag=True, help="Keep finished stages whose code alone has changed, and say which; their records go on naming the code that made them."),
+                 precision=click.option("--precision", default="float32", show_default=True, type=click.Choice(["float32", "bf16"]), help="Of the network."),
                  runs=click.option("--runs", type=click.Path(), help="Folder for runs; by default runs/ in the clone."))
     def wrap(f):
         for n in reversed(names): f = known[n](f)
@@ -110,7 +111,7 @@ def publish(profile, group, root, runs, keep):
     "Copy records, tables and figures of finished stages into results/<profile>."
     click.echo(pipeline.publish(find_root(root), profile, group, runs, keep))
 
-# %% ../nbs/51_cli.ipynb #eb8070e1
+# %% ../nbs/51_cli.ipynb #644e43a8
 @cli.command()
 @click.argument("weights", type=click.Path())
 @click.option("--n", default=16, show_default=True, type=click.IntRange(1), help="Number of images.")
@@ -118,15 +119,16 @@ def publish(profile, group, root, runs, keep):
 @click.option("--label", "labels", type=int, multiple=True, help="Class; repeat for several, they are cycled. By default drawn from the seeds.")
 @click.option("--iterations", type=click.IntRange(1), help="Iterations of a GET; by default its preset.")
 @click.option("--steps", type=click.IntRange(1), help="Heun steps of a teacher; by default 18.")
+@options("precision")
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(dir_okay=False), help="Picture, a .png or, for the bytes themselves, .npz file.")
-def sample(weights, n, seed, labels, iterations, steps, out):
+def sample(weights, n, seed, labels, iterations, steps, precision, out):
     "Draw images with a GET, a ViT or a teacher: own (.safetensors) or released weights (.pth, .pkl)."
     if Path(out).suffix not in (".png", ".npz"): raise ConfigError(f"--out {out}: a .png or .npz file")
     from get_nb.evaluate import sample_to_file
-    sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps)
+    sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps, precision=precision)
     click.echo(f"{out}: {n} images from seeds {seed}..{seed + n - 1}")
 
-# %% ../nbs/51_cli.ipynb #1fe6ed32
+# %% ../nbs/51_cli.ipynb #1fcb2f65
 @cli.command()
 @click.argument("weights", type=click.Path())
 @click.option("--classifier", type=click.Path(), help="Checkpoint of another feature network, e.g. runs/cpu/classifier/classifier.safetensors; by default Inception.")
@@ -138,15 +140,16 @@ def sample(weights, n, seed, labels, iterations, steps, out):
 @click.option("--unconditional", is_flag=True, help="Give no labels to a conditional teacher.")
 @click.option("--steps", type=click.IntRange(1), help="Heun steps of a teacher; by default 18.")
 @click.option("--batch", default=500, show_default=True, type=click.IntRange(1), help="Images per forward pass.")
+@options("precision")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "out", type=click.Path(dir_okay=False), help="File for the json; by default it goes to stdout.")
-def evaluate(weights, classifier, data, train_stats, test_stats, n, unconditional, steps, batch, device, out):
+def evaluate(weights, classifier, data, train_stats, test_stats, n, unconditional, steps, batch, precision, device, out):
     """FID, KID, IS, precision, recall and cost of own (.safetensors) or released weights (GET's .pth, EDM's .pkl), against both splits.
 
     On 8 GPUs: torchrun --nproc-per-node 8 $(which get-nb) evaluate WEIGHTS --samples 50000
     """
     from get_nb.evaluate import evaluate_checkpoint, evaluation_table
-    result = evaluate_checkpoint(weights, classifier or "inception", data, n, dict(train=train_stats, test=test_stats), unconditional, steps, batch, device)
+    result = evaluate_checkpoint(weights, classifier or "inception", data, n, dict(train=train_stats, test=test_stats), unconditional, steps, batch, device, precision)
     if result is None: return
     click.echo(evaluation_table(result), err=True)
     if out: write_json(out, result)
@@ -266,14 +269,14 @@ def merge(target, folders):
     from get_nb.pairs import merge_pairs
     click.echo(f"{target}: {merge_pairs(folders, target)['recipe']['n']} pairs in {len(list(Path(target).glob('pairs-*')))} shards")
 
-# %% ../nbs/51_cli.ipynb #7345263a
+# %% ../nbs/51_cli.ipynb #2ca76f2f
 @cli.command()
 @click.option("--size", "sizes", multiple=True, default=("GET-T/2",), show_default=True, help="Size of GET; repeat for several.")
 @click.option("--image-size", default=32, show_default=True, type=click.IntRange(8), help="Pixels per side.")
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Images per step.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Interleaved rounds.")
 @click.option("--task", "tasks", multiple=True, type=click.Choice(["sampling", "training", "teacher", "pairs"]), help="Only this; repeat for several. By default all.")
-@click.option("--compile/--no-compile", "compiled", default=None, help="Ours through torch.compile; by default on a GPU.")
+@click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="A row through torch.compile, where there is a compiler.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="CPU threads; 0: torch's choice.")
 @click.option("--out", default="runs/bench", show_default=True, type=click.Path(file_okay=False), help="Folder of the record and the table.")

@@ -8,7 +8,7 @@ __all__ = ['TEACHER_KINDS', 'GENERATORS', 'KNOWN_DATA', 'generate', 'sample_seed
            'protocol', 'family', 'evaluate', 'load_kind', 'shape_of', 'load_references', 'evaluate_checkpoint',
            'evaluation_table', 'sample_to_file', 'save_grid']
 
-# %% ../nbs/32_evaluate.ipynb #1631b8d7
+# %% ../nbs/32_evaluate.ipynb #6b525931
 import math, os, statistics, time
 from datetime import timedelta
 from pathlib import Path
@@ -22,17 +22,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .checkpoints import load_edm_pickle, load_reference_get
-from .core import EVAL_SEED, Column, ConfigError, Ints, config, image_grid, progress, setup, table_markdown, to_uint8
+from .core import EVAL_SEED, Column, ConfigError, Ints, autocast, config, image_grid, progress, setup, table_markdown, to_uint8
 from .data import ImageSet, load_data
 from .distill import DistillConfig, distill_loss
+from .fast import Fast
 from .files import atomic_path, load_checkpoint
 from .metrics import FeatureNetwork, compare, copy_share, load_features, load_statistics
-from .models import GET
+from .models import GET, ViT
 from .pairs import draw_noise
 from .precond import EDMPrecond
 from .sampler import SAMPLERS, num_evaluations
 
-# %% ../nbs/32_evaluate.ipynb #8e0dc0dc
+# %% ../nbs/32_evaluate.ipynb #a86a3a75
 @torch.no_grad()
 def generate(model,               # teacher, GET or ViT, eval mode
              noise,               # (B, C, H, W)
@@ -40,10 +41,13 @@ def generate(model,               # teacher, GET or ViT, eval mode
              *, num_steps=18,     # of a teacher's sampler
              sampler="heun",      # of a teacher
              n_iter=None,         # of a GET; None: its preset
-            ):                    # float (B, C, H, W) around [-1, 1]
+             precision="float32", # or "bf16": of the network
+            ):                    # float (B, C, H, W) around [-1, 1]; raises ConfigError
     "Images from noise, whatever the model."
-    if isinstance(model, EDMPrecond): return SAMPLERS[sampler](model, noise, labels, num_steps=num_steps).float()
-    return model(noise, labels, n_iter=n_iter) if isinstance(model, GET) else model(noise, labels)
+    run = Fast(model, precision) if precision != "float32" and isinstance(model, ViT) else model
+    with autocast(precision, noise.device):
+        if isinstance(model, EDMPrecond): return SAMPLERS[sampler](model, noise, labels, num_steps=num_steps).float()
+        return run(noise, labels, n_iter=n_iter) if isinstance(model, GET) else run(noise, labels)
 
 # %% ../nbs/32_evaluate.ipynb #f7f5c7e3
 def sample_seeds(model, seeds: range, conditional: bool = True, **how):  # -> uint8 (n, C, H, W), labels int64 (n,), ms per image
@@ -83,9 +87,9 @@ def flops(f) -> int:
     with sdpa_kernel(SDPBackend.MATH), OperatorFlops() as counter: f()
     return counter.total
 
-# %% ../nbs/32_evaluate.ipynb #e7740a6d
-def cost(model, conditional: bool = True, **how) -> dict:  # evaluations, gmac per image, parameters
-    "Counted cost of generating one image."
+# %% ../nbs/32_evaluate.ipynb #1b478fc1
+def cost(model, conditional: bool = True, precision=None, **how) -> dict:  # evaluations, gmac per image, parameters
+    "Counted cost of generating one image, on the plain formulas: precision does not change it."
     e, y = draw_noise(range(2), (model.config["channels"],) + (model.config["image_size"],) * 2, model.config["num_classes"])
     device, y = next(model.parameters()).device, y if conditional and model.config["num_classes"] else None
     total = flops(lambda: generate(model, e.to(device), y if y is None else y.to(device), **how))
@@ -129,7 +133,7 @@ def share(f, parts: list, desc: str = ""):  # -> list of f(part), in order; None
     torch.distributed.gather_object(mine, dealt, dst=0)
     return [dealt[i % size][i // size] for i in range(len(parts))] if rank == 0 else None
 
-# %% ../nbs/32_evaluate.ipynb #67156aa3
+# %% ../nbs/32_evaluate.ipynb #6804dcec
 @config
 class EvalConfig:
     "What the protocol measures."
@@ -139,6 +143,7 @@ class EvalConfig:
     sampler: Literal["heun", "euler"] = "heun"   # of a teacher
     sweep: Ints = ()                     # other num_steps (teacher) or iterations (GET) to measure
     conditional: bool = True             # False: no labels
+    precision: Literal["float32", "bf16"] = "float32"   # of the network
     first_seed: NonNegativeInt = EVAL_SEED
 
 # %% ../nbs/32_evaluate.ipynb #a5904316
@@ -181,13 +186,15 @@ def family(model) -> str:
     said = getattr(model, "meta", {}).get("family")
     return said or ("teacher" if isinstance(model, EDMPrecond) else "get" if isinstance(model, GET) else "vit")
 
-# %% ../nbs/32_evaluate.ipynb #19c748c8
+# %% ../nbs/32_evaluate.ipynb #958d60e9
 def evaluate(model, cfg: EvalConfig, train, test, network: FeatureNetwork, data: str):  # -> dict, images, labels
     "The whole protocol for one model; `data` is the name of the set, other arguments as in `measure`."
     args, sweeps = (train, test, network), isinstance(model, (EDMPrecond, GET))
     own = cfg.num_steps if isinstance(model, EDMPrecond) else model.cfg.n_iter if isinstance(model, GET) else None
+    other = {} if cfg.precision == "float32" else dict(precision=cfg.precision)
     def how(k):
-        return dict(num_steps=k, sampler=cfg.sampler) if isinstance(model, EDMPrecond) else dict(n_iter=k) if sweeps else {}
+        swept = dict(num_steps=k, sampler=cfg.sampler) if isinstance(model, EDMPrecond) else dict(n_iter=k) if sweeps else {}
+        return other | swept
     result, images, labels = measure(model, cfg, *args, **how(own))
     sweep = [measure(model, cfg, *args, only_fd=True, **how(k))[0] for k in (cfg.sweep if sweeps else ())]
     if result is None: return None, None, None
@@ -232,7 +239,7 @@ def load_references(shape: tuple,  # (C, H, W) of the model's images
         out.append(s)
     return name, *out
 
-# %% ../nbs/32_evaluate.ipynb #8521e345
+# %% ../nbs/32_evaluate.ipynb #f8a70356
 def evaluate_checkpoint(path,                 # .safetensors, .pth or .pkl
                         features="inception", # or the checkpoint of a classifier
                         data: str = None,     # set to compare with; None: by the shape of the images
@@ -242,6 +249,7 @@ def evaluate_checkpoint(path,                 # .safetensors, .pth or .pkl
                         steps: int = None,    # of a teacher; None: 18
                         batch_size: int = 500,
                         device: str = "auto",
+                        precision: str = "float32",    # or "bf16"
                        ) -> dict:             # None on all processes but the first; raises FileError, UnsafeFileError, ConfigError
     "The protocol for a file of weights."
     model, device = load_kind(path, GENERATORS, "nothing that makes images"), join_processes(device)
@@ -255,10 +263,10 @@ def evaluate_checkpoint(path,                 # .safetensors, .pth or .pkl
     network = load_features(features, device)
     name, train, test = load_references(shape, data, statistics or {}, path)
     cfg = EvalConfig(samples=samples or (50_000 if features == "inception" else 5000), batch_size=batch_size,
-                     num_steps=steps or 18, conditional=not unconditional and bool(classes))
+                     num_steps=steps or 18, conditional=not unconditional and bool(classes), precision=precision)
     return evaluate(model.to(device), cfg, train, test, network, name)[0]
 
-# %% ../nbs/32_evaluate.ipynb #076b702c
+# %% ../nbs/32_evaluate.ipynb #063980f7
 def evaluation_table(result: dict) -> str:  # markdown
     "What `evaluate` measured, to be read."
     digits, keys = 5 if result["distance"] == "FID" else 2, ("fd", "kid", "precision", "recall")
@@ -270,6 +278,7 @@ def evaluation_table(result: dict) -> str:  # markdown
     shares = {"class accuracy": result["class_accuracy"], "nearer to a training image than its nearest neighbour is": result["copy_share"]}
     notes = [result["protocol"], f"Inception score {score:.2f} ± {deviation:.2f} over splits",
              *(f"{name}: {100 * v:.1f}% of the images" for name, v in shares.items() if v is not None),
+             *([f"network in {result['precision']}"] if "precision" in result else []),
              f"{result['evaluations']} evaluation{'s' if result['evaluations'] > 1 else ''}, {result['gmac']:.4g} GMAC and {result['ms_per_image']:.3g} ms per image; {result['parameters']:,} parameters"]
     columns = [{k: getattr(c, k) for k in Column.__dataclass_fields__} for c in columns]
     return table_markdown(dict(title=result["name"], columns=columns, rows=rows, notes=notes))

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'BlockWeights', 'block_weights', 'Weights', 'gather', 'product', 'pack', 'Attend', 'attention', 'fast_block',
-           'token_addend', 'inject', 'iterate', 'decode', 'Compiled', 'Prepared', 'Fast']
+           'token_addend', 'inject', 'iterate', 'decode', 'Compiled', 'only', 'Prepared', 'Fast']
 
-# %% ../nbs/25_fast.ipynb #d31f09bf
+# %% ../nbs/25_fast.ipynb #68385122
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .core import ConfigError, Precision
-from .deq import normalize_state, unroll
+from .core import ConfigError, Precision, autocast
+from .deq import normalize_state, unroll, unroll_constant
 from .layers import unpatchify
-from .models import GET
+from .models import GET, ViT
 from .solvers import fixed_point_iter
 
 # %% ../nbs/25_fast.ipynb #a54f368b
@@ -49,7 +49,7 @@ def gather(model, dtype) -> Weights:
                    inject=model.qkv_inj.weight.to(dtype).chunk(model.cfg.deq_depth) if is_get else (), deq=cast(model.deq_blocks) if is_get else (),
                    final=tuple(p.to(dtype) for p in (f.norm_final.weight, f.norm_final.bias, f.linear.weight, f.linear.bias)))
 
-# %% ../nbs/25_fast.ipynb #3f02dfbe
+# %% ../nbs/25_fast.ipynb #867c535b
 def product(x,           # (N, d)
             w,           # (e, d), plain or packed
             bias=None,   # (e,)
@@ -60,7 +60,9 @@ def product(x,           # (N, d)
     if add is not None and add.ndim == 1: bias, add = add, None
     if not torch.compiler.is_compiling() and w.is_mkldnn:
         if add is not None: return torch.ops.mkldnn._linear_pointwise.binary(x, add, w, bias, "add")
-        return torch.ops.mkldnn._linear_pointwise(x, w, bias, "gelu" if gelu else "none", [], "none")
+        within = gelu and x.dtype == torch.float32
+        y = torch.ops.mkldnn._linear_pointwise(x, w, bias, "gelu" if within else "none", [], "none")
+        return torch.ops.aten.gelu_(y) if gelu and not within else y
     if add is not None and bias is None: return torch.addmm(add, x, w.t())
     y = F.linear(x, w, bias)
     return F.gelu(y) if gelu else y if add is None else add + y
@@ -145,13 +147,21 @@ class Compiled:
             self.fast = None
             return self.f(*args)
 
-# %% ../nbs/25_fast.ipynb #a9e08575
+# %% ../nbs/25_fast.ipynb #1db5d68c
+def only(model, **values):  # raises ConfigError
+    "Refuse a model whose options these formulas do not have."
+    for name, value in values.items():
+        found = getattr(model.cfg, name, value)
+        if found != value: raise ConfigError(f"{model.config['name']}: the fast formulation knows {name} = {value!r} only, not {found!r}; leave it out")
+
 class Prepared:
     "A GET or ViT with its functions chosen and its weights cast; everything else is the model's own."
     def __init__(self, model,                          # GET or ViT
                  precision: Precision = "float32",     # "float32" or "bf16", of tokens, states and products; images are float32
                  compiled: bool = False):              # through torch.compile; raises ConfigError
-        if precision not in ("float32", "bf16"): raise ConfigError(f"precision {precision!r}: choose from bf16, float32")
+        if precision not in ("float32", "bf16"): raise ConfigError(f"precision {precision!r}: the fast formulation computes in bf16 or float32")
+        if not isinstance(model, ViT): raise ConfigError(f"{type(model).__name__}: the fast formulation is for a GET or a ViT")
+        only(model, injection="additive", shared=True, weight_norm="none")
         self.model, self.dtype, self.versions = model, torch.bfloat16 if precision == "bf16" else torch.float32, None
         self.inject, self.iterate, self.decode = map(Compiled, (inject, iterate, decode)) if compiled else (inject, iterate, decode)
 
@@ -165,36 +175,48 @@ class Prepared:
         if noise.device.type == "cpu" and self.inject is inject: self.weights = pack(self.weights, len(noise) * self.model.tokens)
         return self.weights
 
-    def prologue(self, w: Weights, noise, labels):  # -> tokens (B, T, d), the equilibrium map
+    def prologue(self, w: Weights, noise, labels):  # -> tokens (B, T, d), the equilibrium map, its addends
         "What is computed once per image."
         cfg = self.model.cfg
         x, addends = self.inject(w, noise, self.model.class_vector(labels, len(noise)), cfg.heads)
-        return x, lambda z: self.iterate(w, z, addends, cfg.heads, getattr(cfg, "state", "") == "normalized")
+        return x, lambda z: self.iterate(w, z, addends, cfg.heads, getattr(cfg, "state", "") == "normalized"), addends
 
     def start(self, noise, z0): return (self.model.start(noise) if z0 is None else z0).to(self.dtype)
 
     def images(self, w, *states): return self.decode(w, torch.cat(states), self.model.cfg.patch, self.model.channels)
 
-# %% ../nbs/25_fast.ipynb #f6f5a933
+# %% ../nbs/25_fast.ipynb #cff125db
 class Fast(Prepared):
-    "A GET or ViT over the same parameters, with less work around its matrix products."
-    def unrolled(self, noise, labels=None, z0=None, n_iter: int = 6, supervise=None):  # -> list of images (B, C, H, W)
+    "A GET or ViT over the same parameters, with less work around its matrix products. Autocast does not reach inside: precision is its own."
+    def unrolled(self, noise, labels=None, z0=None, n_iter: int = 6, supervise=None):  # -> list of images (B, C, H, W); raises ConfigError
         "The images after each supervised iteration, with gradient, decoded in one batch."
-        w = gather(self.model, self.dtype)
-        x, f = self.prologue(w, noise, labels)
+        only(self.model, gradient="unrolled")
+        with autocast("float32", noise.device): return self.unroll(noise, labels, z0, n_iter, supervise)
+
+    def unroll(self, noise, labels, z0, n_iter, supervise):
+        w, cfg = gather(self.model, self.dtype), self.model.cfg
+        x, f, addends = self.prologue(w, noise, labels)
         if not w.deq: return [self.images(w, x)]
-        states = unroll(f, self.start(noise, z0), n_iter, supervise)
+        z0 = self.start(noise, z0)
+        if cfg.constant_memory and torch.is_grad_enabled():
+            used = [*addends, *(t for b in w.deq for t in b if t is not b.bias), *w.final]       # that bias is in the addends
+            return unroll_constant(f, z0, n_iter, supervise, lambda z: self.images(w, z), used, cfg.slots)
+        states = unroll(f, z0, n_iter, supervise)
         # decoded again in the backward pass: that is cheap, and the states are kept anyway
         images = checkpoint(self.images, w, *states, use_reentrant=False, preserve_rng_state=False)
         return list(images.split(len(noise)))
 
     @torch.no_grad()
-    def __call__(self, noise, labels=None, z0=None, n_iter: int = None):  # -> (B, C, H, W)
+    def __call__(self, noise, labels=None, z0=None, n_iter: int = None):  # -> (B, C, H, W); raises ConfigError
         "Images, found as the model's preset says; residuals are measured only if the preset needs them."
+        only(self.model, solver="fixed_point")
+        with autocast("float32", noise.device): return self.sample(noise, labels, z0, n_iter)
+
+    def sample(self, noise, labels, z0, n_iter):
         w, cfg = self.snapshot(noise), self.model.cfg
-        x, f = self.prologue(w, noise, labels)
+        x, f, _ = self.prologue(w, noise, labels)
         if not w.deq: return self.images(w, x)
         z, n = self.start(noise, z0), n_iter or cfg.n_iter
         if cfg.tol is None and cfg.select == "last": return self.images(w, unroll(f, z, n, [n])[0])
-        z, _ = fixed_point_iter(lambda z: f(z.to(self.dtype)).float(), z.float(), max_iter=n, tol=cfg.tol, stop_mode="abs", select=cfg.select)
+        z, _ = fixed_point_iter(lambda z: f(z.to(self.dtype)).float(), z.float(), max_iter=n, tol=cfg.tol, stop_mode=cfg.stop_mode, select=cfg.select)
         return self.images(w, z.to(self.dtype))

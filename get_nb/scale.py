@@ -69,7 +69,7 @@ class Assumptions:
     price: PositiveFloat = 4.               # money per GPU hour; assumed, give your own
     samples: PositiveInt = 50_000           # images per evaluation
 
-# %% ../nbs/60_scale.ipynb #c814bd1f
+# %% ../nbs/60_scale.ipynb #9c4a9bb9
 SOURCES = dict(peak="assumed (H200)", memory="data sheet (H200)", samples="published protocol",
                **dict.fromkeys(("training", "sampling", "pairs", "half_batch", "inside", "between", "per_machine", "latency", "price"), "assumed"))
 
@@ -82,8 +82,8 @@ def read_speeds(path=None) -> dict:  # field of Assumptions -> value, {} when no
     if record.get("device") != "cuda": raise FileError(f"{path}: measured on {record.get('device')}, a price needs a GPU's record")
     out = dict(peak=record["peaks"]["bf16"])
     for task in ("training", "sampling"):
-        shares = [r["share"] for r in record["rows"] if r["task"] == task and r["row"] == "bf16"]
-        if shares: out[task] = min(1., shares[-1])
+        shares = [r["share"] for r in record["rows"] if r["task"] == task and r["row"] in ("bf16", "compiled")]
+        if shares: out[task] = min(1., max(shares))
     return out
 
 # %% ../nbs/60_scale.ipynb #86b09063

@@ -1,12 +1,24 @@
-"""The fast path: the same images, gradients and training as the model behind it, and its compile that may fail."""
+"""The fast path: the same images, gradients and training as the model behind it, its compile that may fail, and what it refuses."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from get_nb.core import seed_everything, torch_rng
-from get_nb.distill import DistillConfig, distill_loss
-from get_nb.evaluate import training_cost
+import toy
+from get_nb.core import ConfigError, seed_everything, torch_rng
+from get_nb.deq import LiveMemory
+from get_nb.distill import DistillConfig, distill, distill_loss
+from get_nb.evaluate import cost, generate, sample_to_file, training_cost
 from get_nb.fast import Compiled, Fast
-from get_nb.models import create_model
+from get_nb.files import save_checkpoint
+from get_nb.models import create_model, with_options
+from get_nb.precond import EDMPrecond
+from get_nb.train import TrainConfig, checkpoints
+from get_nb.unet import create_teacher
 
 SMALL = dict(image_size=8, dim=64, depth=2, heads=4)
 GETS = dict(released={}, last=dict(tol=None, select="last", z0="zero"), normalized=dict(state="normalized"), tolerant=dict(tol=30.))
@@ -111,3 +123,124 @@ def test_without_a_compiler_it_says_so_in_one_line_and_runs(capsys, monkeypatch)
     assert torch.allclose(f(x), double(x)) and torch.allclose(f(x), double(x))
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "runs without it" in said and "double" in said
+
+
+@pytest.fixture(scope="module")
+def toy_pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fast")
+    toy.learnable(folder / "pairs")
+    return folder
+
+
+def losses(pairs, folder, **how):
+    "The loss of each step of the toy student, trained in a folder of its own."
+    folder.mkdir()
+    (folder / "pairs").symlink_to(pairs / "pairs")
+    ema, history = toy.student(folder, **how)
+    assert all(p.isfinite().all() for p in ema.parameters())
+    return np.array(history["loss"])
+
+
+@pytest.fixture(scope="module")
+def trained(toy_pairs, tmp_path_factory):
+    "Losses of fifty steps of a GET: plain and fast."
+    folder = tmp_path_factory.mktemp("trained")
+    return {way: losses(toy_pairs, folder / way, fast=way == "fast") for way in ("plain", "fast")}
+
+
+def test_fifty_fast_steps_in_float32_have_the_losses_of_the_plain_ones(trained, toy_pairs, tmp_path):
+    parts = losses(toy_pairs, tmp_path / "parts", fast=True, accumulate=3)
+    plain, fast = trained["plain"], trained["fast"]
+    assert len(plain) == 50 and plain[-5:].mean() < plain[:5].mean()
+    assert np.abs(fast / plain - 1).max() < 1e-4 and np.abs(parts / plain - 1).max() < 1e-4
+
+
+def test_a_fast_vit_has_the_losses_of_the_plain_one(toy_pairs, tmp_path):
+    plain, fast = (losses(toy_pairs, tmp_path / str(fast), name="ViT-digits/2", fast=fast, steps=20) for fast in (False, True))
+    assert np.abs(fast / plain - 1).max() < 1e-4
+
+
+@pytest.mark.parametrize("constant_memory", [False, True])
+def test_a_student_learns_in_bf16(toy_pairs, tmp_path, constant_memory):
+    half = losses(toy_pairs, tmp_path / "half", fast=True, precision="bf16", lr=3e-3, batch_size=32, options=dict(constant_memory=constant_memory))
+    assert half[-5:].mean() < .6 * half[:5].mean()
+
+
+def test_a_run_goes_on_plain_where_it_stopped_fast(trained, toy_pairs, tmp_path):
+    losses(toy_pairs, tmp_path / "mixed", fast=True)
+    checkpoints(tmp_path / "mixed/state")[0].unlink()
+    ema, history = toy.student(tmp_path / "mixed", fast=False)
+    assert history["resumed_at"] == [25] and np.abs(np.array(history["loss"]) / trained["fast"] - 1).max() < 1e-4
+
+
+def test_two_processes_take_the_fast_steps_of_one(toy_pairs, tmp_path):
+    one = losses(toy_pairs, tmp_path / "one", fast=True, steps=10)
+    two = tmp_path / "two"
+    two.mkdir()
+    (two / "pairs").symlink_to(toy_pairs / "pairs")
+    here = str(Path(__file__).parent)
+    env = dict(os.environ, OMP_NUM_THREADS="1", GET_NB_PROGRESS="off", PYTHONPATH=os.pathsep.join([here, *filter(None, sys.path)]))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([sys.executable, *launcher, "-m", "toy", "student", str(two), "fast=true", "steps=10"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    history = toy.student(two, fast=True, steps=10)[1]
+    assert history["resumed_at"] == [10] and np.abs(np.array(history["loss"]) / one - 1).max() < 1e-5
+
+
+@pytest.mark.parametrize("student,loss,train,said", [
+    ({}, {}, dict(precision="fp16"), "bf16 or float32"),
+    ({}, {}, dict(compile="max-autotune"), "mode 'default' only"),
+    ({}, dict(residual=.1), {}, "penalties"),
+    (dict(gradient="phantom"), {}, {}, "gradient = 'unrolled' only, not 'phantom'"),
+    (dict(injection="adaln"), {}, {}, "injection = 'additive' only, not 'adaln'"),
+    (dict(shared=False), {}, {}, "shared = True only, not False"),
+    (dict(weight_norm="weight"), {}, {}, "weight_norm = 'none' only"),
+])
+def test_what_cannot_be_trained_fast_is_refused_in_one_line_before_anything_is_written(toy_pairs, tmp_path, student, loss, train, said):
+    model = create_model("GET-digits/2", num_classes=10, image_size=8, channels=1, **student)
+    with pytest.raises(ConfigError) as e:
+        distill(model, toy.PairDataset(toy_pairs / "pairs"), DistillConfig(**loss), TrainConfig(steps=1, **train), tmp_path / "state", fast=True)
+    assert said in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "state").exists()
+
+
+def test_a_solver_that_the_fast_path_lacks_is_refused_when_sampling():
+    with pytest.raises(ConfigError, match="solver"):
+        Fast(awake(solver="anderson"))(*batch(awake()))
+
+
+def test_autocast_outside_does_not_reach_the_fast_path():
+    model = awake(tol=None, select="last")
+    noise, labels = batch(model)
+    image = Fast(model)(noise, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(Fast(model)(noise, labels), image) and torch.equal(Fast(model).unrolled(noise, labels)[-1], Fast(model).unrolled(noise, labels)[-1].float())
+
+
+def test_constant_memory_has_the_same_gradients_and_half_the_references_memory():
+    model = awake(dim=128)
+    noise, labels = batch(model, 8)
+    gradients, peak = {}, {}
+    for name, run in dict(reference=model, constant=Fast(with_options(model, constant_memory=True)), half=Fast(with_options(model, constant_memory=True, slots=1), "bf16")).items():
+        model.zero_grad()
+        with LiveMemory() as live:
+            distill_loss(run, noise, labels, noise, DistillConfig()).backward()
+        gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        peak[name] = live.peak
+    error = {k: ((g - gradients["reference"]).norm() / gradients["reference"].norm()).item() for k, g in gradients.items()}
+    assert error["constant"] < 1e-5 and error["half"] < .1, error
+    assert peak["half"] <= .5 * peak["reference"], peak
+
+
+def test_sampling_in_bf16_changes_images_a_little_and_counted_cost_not_at_all(tmp_path):
+    student, teacher = awake(), create_teacher("unet-shapes", num_classes=10, image_size=8, base=16).eval()
+    noise, labels = batch(student)
+    for model in (student, awake("ViT-S/2"), teacher):
+        how = dict(num_steps=3) if isinstance(model, EDMPrecond) else {}
+        image, other = (generate(model, noise, labels, precision=p, **how) for p in ("float32", "bf16"))
+        assert other.dtype == torch.float32 and 0 < (other - image).abs().mean() < .05 * image.std()
+        assert cost(model, precision="bf16", **how) == cost(model, **how)
+    save_checkpoint(tmp_path / "g.safetensors", student)
+    for p in ("float32", "bf16"):
+        sample_to_file(tmp_path / "g.safetensors", tmp_path / f"{p}.npz", 4, precision=p)
+    a, b = (np.load(tmp_path / f"{p}.npz")["images"].astype(int) for p in ("float32", "bf16"))
+    assert 0 < np.abs(a - b).mean() < 8

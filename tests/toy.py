@@ -1,4 +1,4 @@
-"""A small training and a small set of pairs, for tests that need several processes: python -m toy train|pairs FOLDER [name=value ...]."""
+"""A small training, a small set of pairs and a small student, for tests that need several processes: python -m toy train|pairs|student FOLDER [name=value ...]."""
 import json
 import os
 import sys
@@ -8,7 +8,10 @@ from pathlib import Path
 import torch
 
 from get_nb.core import seed_everything, torch_rng
-from get_nb.pairs import PairsConfig, generate_pairs
+from get_nb.distill import DistillConfig, distill
+from get_nb.files import save_tensors, sha256_file, write_json
+from get_nb.models import create_model
+from get_nb.pairs import PairDataset, PairsConfig, generate_pairs, recipe_of
 from get_nb.train import TrainConfig, batch_indices, train
 
 os.environ.setdefault("GET_NB_PROGRESS", "off")
@@ -51,11 +54,31 @@ def make(folder, pause=0., **change):
     return generate_pairs(Denoiser(pause).eval(), folder, PairsConfig(**RECIPE | change))
 
 
+def learnable(folder, n=120):
+    "Pairs that a student can learn at once: each image is its noise, squashed and shifted by its class."
+    folder.mkdir(parents=True)
+    noise, label = torch.randn((n, 1, 8, 8), generator=torch_rng("learnable")), torch.arange(n) % 10
+    image = (noise + (label.view(-1, 1, 1, 1) - 4.5) / 3).tanh()
+    path, recipe = folder / "pairs-00000.safetensors", recipe_of(PairsConfig(n=n, num_classes=10, shape=(1, 8, 8), teacher="learnable"))
+    save_tensors(path, dict(seed=torch.arange(n), label=label, image=image, noise=noise), dict(kind="pairs", recipe=recipe))
+    write_json(folder / "manifest.json", dict(kind="pairs", schema=1, recipe=recipe, shards=[dict(file=path.name, pairs=n, first_seed=0, sha256=sha256_file(path))]))
+
+
+def student(folder, fast=False, name="GET-digits/2", options=None, **change):
+    "Distil the pairs in `folder` into a small student, keeping its state there; -> ema, history."
+    seed_everything(0, name)
+    model = create_model(name, num_classes=10, image_size=8, channels=1, dim=32, depth=1, **(options or {}))
+    cfg = TrainConfig(**CONFIG | dict(lr=1e-3, batch_size=16, checkpoint_every=25) | change)
+    return distill(model, PairDataset(Path(folder) / "pairs"), DistillConfig(n_iter=4), cfg, Path(folder) / "state", fast=fast)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, folder, *rest = sys.argv[1:]
     change = {k: json.loads(v) for k, v in (r.split("=", 1) for r in rest)}
     if what == "pairs":
         make(folder, **change)
+    elif what == "student":
+        student(folder, **change)
     else:
         fit(Path(folder) / "state", **change)
