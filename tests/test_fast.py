@@ -160,11 +160,6 @@ def test_a_fast_vit_has_the_losses_of_the_plain_one(toy_pairs, tmp_path):
     assert np.abs(fast / plain - 1).max() < 1e-4
 
 
-def test_compiled_fast_steps_have_the_losses_of_the_plain_ones(trained, toy_pairs, tmp_path):
-    compiled = losses(toy_pairs, tmp_path / "compiled", fast=True, compile="default", steps=50)
-    assert np.abs(compiled / trained["plain"] - 1).max() < 1e-4
-
-
 @pytest.mark.parametrize("constant_memory", [False, True])
 def test_a_student_learns_in_bf16(toy_pairs, tmp_path, constant_memory):
     half = losses(toy_pairs, tmp_path / "half", fast=True, precision="bf16", lr=3e-3, batch_size=32, options=dict(constant_memory=constant_memory))
