@@ -217,7 +217,7 @@ def test_the_families_that_are_compared_get_the_same_compute_and_three_rates_or_
     for rates in (("kd_low", "kd_mid", "kd_high"), ("progressive_low", "progressive_mid", "progressive_high")):
         assert len({stages[n].params["lr"] for n in rates}) == 3
     equal = [n for n in stages if n.split("_")[0] in ("kd", "progressive", "gdd") and not n.endswith("half")]
-    assert len({stages[n].params["tflop"] for n in equal}) == 1 and len(equal) == 13
+    assert len({stages[n].params["tflop"] for n in equal}) == 1 and len(equal) == 15
     for method in ("gdd_i", "hybrid"):
         assert [stages[f"{method}_{s}"].params["seed"] for s in (0, 1, 2)] == [0, 1, 2]
     assert [stages[f"hybrid_{s}"].inputs["student"] for s in (0, 1, 2)] == ["get_0", "get_1", "get_2"]
