@@ -242,11 +242,11 @@ def difference(old: dict, new: dict) -> str:
         if changed: return f"{part} changed: {', '.join(changed[:3])}"
     return ""
 
-# %% ../nbs/49_stages.ipynb #e2a67337
-def older_code(old: dict, new: dict) -> bool:
-    "Do two keys differ in code alone? A parameter that only one of them knows belongs to the code."
-    shared = old["params"].keys() & new["params"].keys()
-    return all(old["params"][k] == new["params"][k] for k in shared) and all(old.get(part, {}) == new[part] for part in ("rows", "inputs"))
+# %% ../nbs/49_stages.ipynb #e3c5ced3
+def older_code(old: dict, new: dict, defaults: dict) -> bool:
+    "Do two keys differ in code alone? A parameter that is new since then, and at its default, belongs to the code."
+    was = defaults | old["params"]
+    return all(was.get(k) == v for k, v in new["params"].items()) and all(old.get(part, {}) == new[part] for part in ("rows", "inputs"))
 
 def why_run(stage: Stage,        # of a profile
             runs: Path,          # its folder of runs
@@ -257,7 +257,8 @@ def why_run(stage: Stage,        # of a profile
     if stamp is None: return "never finished" if (runs / stage.name).is_dir() else "not run yet"
     key = stage_key(stage, runs)
     reason = difference(stamp["key"], key)
-    if reason and not (keep and not stage.draws and older_code(stamp["key"], key)): return reason
+    defaults = {name: default for name, (_, default) in declared_parameters(stage.notebook).items()}
+    if reason and not (keep and not stage.draws and older_code(stamp["key"], key, defaults)): return reason
     now = stage_outputs(runs / stage.name, stamp["outputs"])
     lost = [f for f, v in stamp["outputs"].items() if now.get(f, {}).get("sha256") != v["sha256"]]
     return f"output {lost[0]} is gone or changed" if lost else ""
