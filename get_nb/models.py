@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'BUILT', 'mix64', 'normal_from_noise', 'TransformerConfig', 'GETConfig', 'check_get', 'ViT',
-           'EquilibriumTransformer', 'GET', 'create_model', 'with_options', 'solver_overhead']
+           'EquilibriumTransformer', 'GET', 'create_model', 'with_options']
 
 # %% ../nbs/23_models.ipynb #8edcf477
-import copy, math, statistics, time
+import copy, math
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Literal
@@ -249,20 +249,3 @@ def with_options(model: GET, **changes):  # -> GET on the same weights; raises C
     other.config = {**model.config, **changes}
     check_get(other.cfg, model.config["name"])
     return other
-
-# %% ../nbs/23_models.ipynb #553baeeb
-@torch.no_grad()
-def solver_overhead(model: GET, batch_size: int = 16, n_iter: int = 6, repeats: int = 5) -> dict:  # seconds per evaluation, and overhead as a share
-    "Median time per evaluation of a bare loop and of the model's solver, measured in pairs."
-    noise = torch.randn(batch_size, model.channels, *[model.config["image_size"]] * 2).to(next(model.parameters()).device)
-    classes = model.config["num_classes"]
-    f, z0, _ = model.prepare(noise, noise.new_zeros(batch_size, dtype=torch.int64) if classes else None)
-    def clock(run):
-        began = time.perf_counter()
-        run().sum().item()
-        return (time.perf_counter() - began) / n_iter
-    ways, times = dict(bare=lambda: unroll(f, z0, n_iter, (-1,))[0], solver=lambda: model.find(f, z0, n_iter)[0]), dict(bare=[], solver=[])
-    for i in range(repeats + 1):
-        for name in sorted(ways, reverse=bool(i % 2)): times[name].append(clock(ways[name]))
-    ratio = statistics.median(s / b for s, b in zip(times["solver"][1:], times["bare"][1:]))
-    return dict({k: statistics.median(v[1:]) for k, v in times.items()}, overhead=ratio - 1)

