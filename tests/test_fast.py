@@ -13,7 +13,7 @@ from get_nb.core import ConfigError, seed_everything, torch_rng
 from get_nb.deq import LiveMemory
 from get_nb.distill import DistillConfig, distill, distill_loss
 from get_nb.evaluate import cost, generate, sample_to_file, training_cost
-from get_nb.fast import Compiled, Fast
+from get_nb.fast import Compiled, Fast, Linear, attention
 from get_nb.files import save_checkpoint
 from get_nb.models import create_model, with_options
 from get_nb.precond import EDMPrecond
@@ -96,11 +96,42 @@ def test_fast_owns_no_parameters_and_leaves_the_state_dict_alone():
     assert {id(p) for p in fast.parameters()} == {id(p) for p in model.parameters()}
 
 
-def test_a_training_step_keeps_no_more_memory_than_the_reference_and_half_of_it_in_bf16():
+def test_a_training_step_keeps_less_memory_than_the_reference_and_half_of_it_in_bf16():
     model = awake(dim=128)
     kept = {p: training_cost(Fast(model, p), DistillConfig(), 32)["activation_mb"] for p in ("float32", "bf16")}
     reference = training_cost(model, DistillConfig(), 32)["activation_mb"]
-    assert kept["float32"] <= reference and kept["bf16"] <= .6 * reference, (kept, reference)
+    assert kept["float32"] <= .8 * reference and kept["bf16"] <= .5 * reference, (kept, reference)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, .02)])
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("bias, add, gelu", [(True, False, False), (True, True, True), (False, True, False)])
+def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, wide, bias, add, gelu):
+    n, d, e = (24, 16, 40) if wide else (24, 40, 16)
+    x, w, b, a = (torch.randn(*s, generator=torch_rng(str(s)), requires_grad=True) for s in ((n, d), (e, d), (e,), (n, e)))
+    inputs = [x, w, *[b] * bias, *[a] * add]
+
+    def formula():
+        return (torch.nn.functional.gelu(x) if gelu else x) @ w.T + b * bias + a * add
+
+    def ours():
+        return Linear.apply(x.to(dtype), w.to(dtype), b.to(dtype) if bias else None, a.to(dtype) if add else None, gelu).float()
+
+    wanted, got = formula(), ours()
+    assert (got - wanted).norm() < tolerance * wanted.norm()
+    grad = torch.randn(n, e, generator=torch_rng("grad"))
+    for ours_, formula_ in zip(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(wanted, inputs, grad)):
+        assert (ours_ - formula_).norm() < tolerance * formula_.norm()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, .02)])
+@pytest.mark.parametrize("tokens", [16, 400])        # 400: one and a half images at a time
+def test_attention_in_parts_is_attention(dtype, tolerance, tokens):
+    q, k, v = (torch.randn(5, 4, tokens, 8, generator=torch_rng(n), requires_grad=True) for n in "qkv")
+    wanted, got = torch.nn.functional.scaled_dot_product_attention(q, k, v), attention(q.to(dtype), k.to(dtype), v.to(dtype)).float()
+    grad = torch.randn(wanted.shape, generator=torch_rng("grad"))
+    for ours, fused in zip((got, *torch.autograd.grad(got, (q, k, v), grad)), (wanted, *torch.autograd.grad(wanted, (q, k, v), grad))):
+        assert (ours - fused).norm() < tolerance * fused.norm()
 
 
 def test_the_compiled_model_makes_the_same_images():
