@@ -63,6 +63,7 @@ def write_page(notebook: Path):
 # %% ../nbs/50_pipeline.ipynb #48470bac
 def execute(stage: Stage, parameters: dict, folder: Path, cwd: Path):  # raises StageError
     "Run the notebook through papermill; keep the executed notebook and its page."
+    register_engine()
     import papermill
     from nbclient.exceptions import DeadKernelError
     logging.getLogger("papermill").setLevel(logging.ERROR)      # its parameter check only warns; ours has refused already
@@ -283,7 +284,6 @@ def redraw(root: Path, profile: str, runs=None) -> None:  # raises ConfigError, 
         raise ConfigError(f"{records}: no published records of profile {name!r}; run 'get-nb reproduce' and 'get-nb publish'")
     folder = runs_folder(root, f"{name}-redrawn", runs)
     for line in stale_records(root, name): print(line)
-    register_engine()
     for s in load_profile(root, profile).values():
         if not s.draws or any(not (records / r / "record.json").is_file() for r in s.records): continue
         (folder / s.name).mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ import yaml
 
 from conftest import ROOT, get_nb
 from get_nb.data import DRAWS, SHAPES, draw_numbers, make_shapes, render_shapes, shape_distance
-from get_nb.stages import load_profile
+from get_nb.stages import load_profile, why_run
 
 
 def test_a_shape_does_not_depend_on_the_batch_it_is_drawn_in():
@@ -66,6 +66,17 @@ def test_snakemake_sees_the_stages_of_a_profile(tmp_path):
     assert done.returncode == 0, said
     for name in load_profile(ROOT, "smoke"):
         assert re.search(rf"(rule|localrule|job) {name}:|^{name} ", said, re.M), name
+
+
+def test_snakemake_runs_a_stage_and_what_it_needs(tmp_path):
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "-s", ROOT / "workflow/Snakefile", "--config", "profile=smoke", "stage=pairs", f"runs={tmp_path}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = load_profile(ROOT, "smoke")
+    assert not why_run(stages["teacher"], tmp_path / "smoke") and not why_run(stages["pairs"], tmp_path / "smoke")
+    (tmp_path / "smoke/.done/pairs").unlink()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "pairs: holds" in done.stdout + done.stderr
 
 
 def test_snakemake_refuses_an_unknown_profile_in_one_line(tmp_path):

@@ -7,7 +7,7 @@ from filelock import FileLock, Timeout
 
 from get_nb.core import ConfigError
 from get_nb.pipeline import StageError, run_stage, runs_folder
-from get_nb.stages import load_profile, select, why_run
+from get_nb.stages import load_profile, select, stage_key, why_run
 
 
 def main():
@@ -26,7 +26,7 @@ def main():
         reason = why_run(stage, folder)
         if reason:
             print(f"{stage.name}: running ({reason})", flush=True)
-            print(f"{stage.name}: done in {run_stage(stage, args.root, folder, stage.name)['seconds']:.0f} s")
+            print(f"{stage.name}: done in {run_stage(stage, stage_key(stage, folder), args.root, folder)['seconds']:.0f} s")
         else:
             print(f"{stage.name}: holds")
 
