@@ -79,11 +79,13 @@ def test_noise_and_label_depend_on_the_seed_alone_and_images_hardly_on_the_batch
     assert torch.equal(a["noise"], draw_noise(range(120), (1, 8, 8), 10)[0])
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
+@pytest.mark.parametrize("harm", ["flip", "recipe", "truncate", "delete"])
 def test_only_the_damaged_shard_is_made_again(copy, whole, harm, capsys):
     path = copy / "pairs-00004.safetensors"
     before = {p.name: p.stat().st_mtime_ns for p in copy.glob("pairs-*")}
-    flip(path, at=-40) if harm == "flip" else path.write_bytes(path.read_bytes()[:1000]) if harm == "truncate" else path.unlink()
+    data = path.read_bytes()
+    harmed = dict(flip=data[:-40] + bytes([data[-40] ^ 1]) + data[-39:], recipe=data.replace(b"num_classes", b"num_classez"), truncate=data[:1000], delete=None)[harm]
+    path.unlink() if harmed is None else path.write_bytes(harmed)
     with pytest.raises(FileError, match="pairs-00004.safetensors: " + ("missing" if harm == "delete" else "damaged")):
         PairDataset(copy)
     toy.make(copy)
