@@ -7,7 +7,7 @@ __all__ = ['free_port', 'launch', 'code_cells', 'set_parameters', 'run_notebook'
            'save_pictures']
 
 # %% ../nbs/07_launch.ipynb #8e00a7dd
-import ast, json, os, socket, sys
+import ast, contextlib, json, os, socket, sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from .core import ConfigError, explain, nearest
+from .core import ConfigError, explain, is_main, nearest
 from .files import FileError
 from .train import TrainConfig, TrainingError, batch_indices, learning_rate, train  # noqa: F401  (used on this page)
 
@@ -65,7 +65,9 @@ def main(args=None):  # exits with 0, 1, 2 or 143
     notebook, *rest = (sys.argv[1:] if args is None else args) or [""]
     fail = lambda code, e: (print(f"get_nb.launch: process {os.environ.get('RANK', 0)}: {e}", file=sys.stderr), sys.exit(code))
     if not notebook or any("=" not in r for r in rest): fail(2, "usage: python -m get_nb.launch NOTEBOOK name=value ...")
-    try: run_notebook(notebook, dict(r.split("=", 1) for r in rest))
+    try:
+        with contextlib.nullcontext() if is_main() else contextlib.redirect_stdout(None):      # one process speaks for all; errors are everyone's
+            run_notebook(notebook, dict(r.split("=", 1) for r in rest))
     except (ConfigError, FileError) as e: fail(2, e)
     except TrainingError as e: fail(1, e)
     import torch
