@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRADIENTS', 'VIEWS', 'supervised', 'unroll', 'correction_weights', 'Adjoint', 'implicit', 'phantom', 'equilibrium',
-           'reversal', 'stored_first', 'Gate', 'gate', 'graph_nodes', 'check_tensors', 'Reverse', 'Backward',
+           'reversal', 'stored_first', 'Gate', 'gate', 'graph_edges', 'check_tensors', 'Reverse', 'Backward',
            'ConstantMemory', 'unroll_constant', 'LiveMemory', 'normalize_state', 'subtract_mean', 'state_residuals']
 
 # %% ../nbs/22_deq.ipynb #f83996d2
@@ -82,6 +82,7 @@ def phantom(f,               # the map
             tau: float = 1., # damping: z + tau (f(z) - z)
            ):                # z after those steps
     "Phantom gradient: forget how z was found, then take a few damped steps with the graph kept."
+    if not isinstance(steps, int) or steps < 1: raise ConfigError(f"phantom_steps = {steps!r}: a whole number, at least 1; without a step there is no gradient")
     z = z_star.detach()
     for _ in range(steps): z = f(z) if tau == 1 else z + tau * (f(z) - z)
     return z
@@ -135,22 +136,24 @@ def gate(*tensors) -> list:  # the same tensors (or None), made by one node of t
     out = iter(Gate.apply(*[t for t in tensors if t is not None]))
     return [None if t is None else next(out) for t in tensors]
 
-def graph_nodes(start, stop):  # yields nodes
-    "The nodes of a graph from `start` backwards, not beyond those in `stop`."
+def graph_edges(start, stop):  # yields edges: (node, which of its outputs)
+    "The edges of a graph from `start` backwards, not beyond those in `stop`."
     todo, met = list(start), set()
     while todo:
-        node = todo.pop()
-        if node is None or node in met: continue
-        met.add(node)
-        yield node
-        if node not in stop: todo += [n for n, _ in node.next_functions]
+        edge = todo.pop()
+        if edge[0] is None or edge in met: continue
+        met.add(edge)
+        yield edge
+        if edge not in stop: todo += edge[0].next_functions
 
 def check_tensors(out, known):  # raises ConfigError
     "Refuse a graph that ends in a leaf which is not among `known`, or in which one of them is reached through another."
-    stop = {torch.autograd.graph.get_gradient_edge(t).node for t in known}
-    for node in graph_nodes([out.grad_fn], stop):
-        if node not in stop and hasattr(node, "variable"): raise ConfigError(f"constant memory: f depends on a tensor of shape {tuple(node.variable.shape)} that is not in `tensors`; its gradient would be lost")
-    if any(node in stop for node in graph_nodes([n for s in stop for n, _ in s.next_functions], ())):
+    edge = lambda t: tuple(torch.autograd.graph.get_gradient_edge(t))[:2]
+    stop = {edge(t) for t in known}
+    for e in graph_edges([edge(out)] if out.requires_grad else [], stop):
+        node, _ = e
+        if e not in stop and hasattr(node, "variable"): raise ConfigError(f"constant memory: f depends on a tensor of shape {tuple(node.variable.shape)} that is not in `tensors`; its gradient would be lost")
+    if any(e in stop for e in graph_edges([n for node, _ in stop for n in node.next_functions], ())):
         raise ConfigError("constant memory: one of `tensors` depends on another, which would be counted twice; pass them through `gate` first")
 
 # %% ../nbs/22_deq.ipynb #262afb2b

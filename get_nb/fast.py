@@ -74,6 +74,7 @@ class Linear(torch.autograd.Function):
         return multiply(F.gelu(x) if gelu else x, w, bias, add)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, w = ctx.saved_tensors
         y, need = F.gelu(x) if ctx.gelu else x, ctx.needs_input_grad
@@ -128,6 +129,7 @@ class Attend(torch.autograd.Function):
         return torch.cat([written_out(*p) for p in parts(q, k, v)])
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         def gradients(q, k, v, grad):
             inputs = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -261,7 +263,7 @@ class Fast(Prepared):
         w, cfg = self.snapshot(noise), self.model.cfg
         x, f, _ = self.prologue(w, noise, labels)
         if not w.deq: return self.images(w, x)
-        z, n = self.start(noise, z0), n_iter or cfg.n_iter
+        z, n = self.start(noise, z0), self.model.iterations(n_iter)
         if cfg.tol is None and cfg.select == "last": return self.images(w, unroll(f, z, n, [n])[0])
         z, _ = fixed_point_iter(lambda z: f(z.to(self.dtype)).float(), z.float(), max_iter=n, tol=cfg.tol, stop_mode=cfg.stop_mode, select=cfg.select)
         return self.images(w, z.to(self.dtype))

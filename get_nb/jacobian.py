@@ -24,7 +24,7 @@ def spectral_radius(f,              # the map
         fz, size = f(z), lambda v: v.flatten(1).norm(dim=1).view(-1, *[1] * (v.ndim - 1))
         v, growth = torch.randn(z.shape, generator=torch_rng("power", seed), dtype=z.dtype).to(z.device), []
         for _ in range(n_iter):
-            v = v / size(v)
+            v = v / size(v).clamp(min=torch.finfo(v.dtype).tiny)       # nothing is left of it where J or a power of it vanishes
             v, = torch.autograd.grad(fz, z, project(v) if project else v, retain_graph=True)
             v = project(v) if project else v
             growth.append(size(v).flatten())
@@ -34,12 +34,12 @@ def spectral_radius(f,              # the map
 def jacobian_penalty(f,               # the map
                      z,               # where (B, ...); usually the detached answer
                      probes: int = 1, # random vectors
-                     seed: int = 0,   # of those vectors
+                     seed: int = None,   # of those vectors; None: torch's generator, which training seeds afresh in every step
                     ):                # scalar, differentiable: ||J||_F^2 over the size of the state, mean over images
     "Hutchinson's estimate of the squared Frobenius norm of the Jacobian."
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():     # fused attention cannot be differentiated twice
         z, total = z.detach().requires_grad_(), 0.
-        fz, g = f(z), torch_rng("jacobian", seed)
+        fz, g = f(z), None if seed is None else torch_rng("jacobian", seed)
         for _ in range(probes):
             v = torch.randn(z.shape, generator=g, dtype=z.dtype).to(z.device)
             total = total + torch.autograd.grad(fz, z, v, create_graph=True)[0].square().sum() / z.numel()

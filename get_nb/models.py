@@ -153,13 +153,14 @@ class EquilibriumTransformer(ViT):
                 for block, u_i in zip(blocks, u): z = block(z, c, u_i)
                 return normalize_state(z) if normalized else z
             return f
-        f = make(self.deq_blocks) if self.cfg.shared else [make(self.deq_blocks[i * depth:][:depth]) for i in range(self.cfg.n_iter)]
+        f = make(self.deq_blocks) if self.cfg.shared else [make(self.deq_blocks[i:i + depth]) for i in range(0, len(self.deq_blocks), depth)]
         if z0 is None: z0 = x if self.cfg.injection == "none" else self.start(noise)
         return f, z0, [*u, c]
 
     def iterations(self, n_iter):  # -> int; raises ConfigError
         n = self.cfg.n_iter if n_iter is None else n_iter
-        if not self.cfg.shared and n > self.cfg.n_iter: raise ConfigError(f"n_iter = {n}: weights are not shared, and there are {self.cfg.n_iter} copies")
+        copies = len(self.deq_blocks) // self.cfg.deq_depth
+        if not self.cfg.shared and n > copies: raise ConfigError(f"n_iter = {n}: weights are not shared, and there are {copies} copies")
         return n
 
     def equilibrium_map(self, noise, labels=None):  # -> f: (B, T, d) -> (B, T, d); a list of maps when weights are not shared
@@ -243,6 +244,7 @@ BUILT = ("dim", "heads", "depth", "mlp_ratio", "patch", "deq_depth", "deq_mlp_ra
 def with_options(model: GET, **changes):  # -> GET on the same weights; raises ConfigError
     "The same model, sampled otherwise: fields of GETConfig that do not change its weights."
     for name in changes:
+        if name in ("z0", "z0_seed") and model.cfg.injection == "none": raise ConfigError(f"{name} says nothing to {model.config['name']}: with injection 'none' the state starts from the tokens")
         if name in BUILT: raise ConfigError(f"{name} decides the weights of {model.config['name']}: make a new model with create_model")
     other = copy.copy(model)
     other.cfg = build_config(type(model.cfg), {**asdict(model.cfg), **changes}, model.config["name"])

@@ -62,7 +62,7 @@ class Tracker:
         rel = r / size.clamp(min=torch.finfo(r.dtype).tiny)
         for trace, value in zip(self.traces, (r, rel)): trace.append(value)
         measured = r if self.mode == "abs" else rel
-        self.finite = measured.isfinite()
+        self.finite = r.isfinite()            # not `rel`: that is infinite where f(z) is 0, and nothing is wrong there
         self.failed = self.failed | ~self.finite
         better = measured < self.lowest if self.select == "lowest" else ~self.converged & self.finite    # False for nan: a broken image keeps its best
         self.best = pick(better.view(self.shape), fz, self.best)
@@ -110,7 +110,7 @@ class History:
     "Pairs of vectors from the last `window` steps, and the last accepted evaluation, per image."
     def __init__(self, z, window, growth):
         self.growth = growth
-        self.A, self.B = (z.new_empty(len(z), window, z[0].numel()) for _ in range(2))
+        self.A, self.B = (z.new_empty(len(z), window, z.flatten(1).shape[1]) for _ in range(2))
         self.mask, self.count, self.last = z.new_zeros(len(z), window), 0, None
         self.plain, self.seen = (torch.full((len(z), 1), v, dtype=torch.bool, device=z.device) for v in (True, False))
 
@@ -139,7 +139,7 @@ class History:
     def add_(self, v, c, M): v[:, None].baddbmm_(c[:, None], M[:, :c.shape[1]])       # the same, in place
 
 # %% ../nbs/21_solvers.ipynb #2e4513bf
-def accelerated(f, z0, propose, window, growth, max_iter, tol, stop_mode, select):  # -> z, SolverStats
+def accelerated(f, z0, propose, window, growth, tau, max_iter, tol, stop_mode, select):  # -> z, SolverStats
     """The loop with a history: `propose(history, z, r, f(z), accepted)` learns from an evaluation and gives the next state;
     one that makes the residual more than `growth` times larger is taken back."""
     history = None
@@ -152,7 +152,9 @@ def accelerated(f, z0, propose, window, growth, max_iter, tol, stop_mode, select
         out = propose(history, x, r, g, ok)
         history.settle(ok, x, r, g, size)
         ok = ok & out.sum(1, keepdim=True).isfinite()
-        return pick(ok, out, pick(history.seen, history.last[2], x)).view_as(z)
+        if ok.device.type == "cpu" and not torch.compiler.is_compiling() and bool(ok.all()): return out.view_as(z)
+        back = history.last[2] if tau == 1 else history.last[0] + tau * history.last[1]      # a plain step from the last good state
+        return pick(ok, out, pick(history.seen, back, x)).view_as(z)
     return iterate(f, z0, step, max_iter, tol, stop_mode, select)
 
 # %% ../nbs/21_solvers.ipynb #a0fb920f
@@ -185,7 +187,7 @@ def anderson(f,                       # the map; takes and returns the whole bat
             ):                        # z, SolverStats; no gradient passes (room 22 has those); raises ConfigError
     "Anderson acceleration in difference form, by truncated Gram-Schmidt."
     check_options(max_iter, tol, stop_mode, select, tau, window)
-    return accelerated(f, z0, lambda *a: anderson_step(*a, tau=tau), window, 1.3, max_iter, tol, stop_mode, select)
+    return accelerated(f, z0, lambda *a: anderson_step(*a, tau=tau), window, 1.3, tau, max_iter, tol, stop_mode, select)
 
 # %% ../nbs/21_solvers.ipynb #8443d10b
 def broyden_step(h, z, r, g, ok, tau=1.):  # -> next state (B, n)
@@ -212,7 +214,7 @@ def broyden(f,                       # the map; takes and returns the whole batc
            ):                        # z, SolverStats; no gradient passes (room 22 has those); raises ConfigError
     "Broyden's good method with limited memory."
     check_options(max_iter, tol, stop_mode, select, tau, window)
-    return accelerated(f, z0, lambda *a: broyden_step(*a, tau=tau), window, 1000., max_iter, tol, stop_mode, select)
+    return accelerated(f, z0, lambda *a: broyden_step(*a, tau=tau), window, 1000., tau, max_iter, tol, stop_mode, select)
 
 # %% ../nbs/21_solvers.ipynb #69b67369
 SOLVERS = dict(fixed_point=fixed_point_iter, anderson=anderson, broyden=broyden)

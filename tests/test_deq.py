@@ -8,9 +8,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import ROOT
-from get_nb.core import ConfigError, torch_rng
-from get_nb.deq import correction_weights, implicit, supervised, unroll, unroll_constant
+from get_nb.core import ConfigError, seed_everything, torch_rng
+from get_nb.deq import correction_weights, equilibrium, gate, implicit, supervised, unroll, unroll_constant
 from get_nb.distill import DistillConfig, distill_loss
+from get_nb.jacobian import jacobian_penalty, spectral_radius
 from get_nb.losses import l1
 from get_nb.models import create_model, with_options
 from get_nb.solvers import solve
@@ -101,6 +102,47 @@ def test_a_forgotten_tensor_is_an_error_and_not_a_missing_gradient():
         unroll_constant(lambda z: f(z, W, b), torch.zeros(2, 5, dtype=torch.float64), 3, tensors=(b,))
 
 
+def test_naming_one_output_of_a_node_does_not_hide_its_other_one():
+    a = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
+    p, q = gate(a, 2 * a)
+    for f, given in ((lambda z: .5 * z * p + q, (p,)), (lambda z: z * a.chunk(2, 1)[0].repeat(1, 2) + a.chunk(2, 1)[1].repeat(1, 2), ())):
+        with pytest.raises(ConfigError, match="gradient would be lost"):
+            unroll_constant(f, torch.zeros(2, 4, dtype=torch.float64), 3, tensors=given)
+    u, v = a.chunk(2, 1)
+    f = lambda z: .5 * z * u + v
+    with pytest.raises(ConfigError, match="gradient would be lost"):
+        unroll_constant(f, torch.zeros(2, 2, dtype=torch.float64), 3, tensors=(u,))
+    grads = [torch.autograd.grad(way[-1].sum(), a, retain_graph=True)[0] for way in (unroll(f, torch.zeros(2, 2, dtype=torch.float64), 3), unroll_constant(f, torch.zeros(2, 2, dtype=torch.float64), 3, tensors=(u, v)))]
+    assert torch.allclose(*grads)
+
+
+def test_every_step_of_training_draws_other_probes_for_the_jacobian_penalty():
+    torch.manual_seed(0)
+    W = (1.2 * torch.eye(24)).requires_grad_()
+    optimizer = torch.optim.Adam([W], .02)
+    for step in range(300):
+        seed_everything("step", step)
+        optimizer.zero_grad()
+        jacobian_penalty(lambda z: z @ W.T, torch.zeros(4, 24)).backward()
+        optimizer.step()
+    assert torch.linalg.matrix_norm(W) < .1       # with the same probes in every step most directions are never seen
+    seed_everything("step", 7)
+    once = jacobian_penalty(lambda z: z @ W.T, torch.zeros(4, 24))
+    seed_everything("step", 7)
+    assert jacobian_penalty(lambda z: z @ W.T, torch.zeros(4, 24)) == once
+
+
+def test_the_spectral_radius_of_what_vanishes_is_zero():
+    nilpotent = torch.diag(torch.ones(5), 1)
+    for f in (lambda z: 0 * z, lambda z: z @ nilpotent.T):
+        assert spectral_radius(f, torch.ones(2, 6)).max() < 1e-30
+
+
+def test_a_phantom_gradient_without_a_step_is_refused():
+    with pytest.raises(ConfigError, match="phantom_steps = 0"):
+        equilibrium(torch.tanh, torch.ones(1, 2), "phantom", phantom_steps=0, max_iter=2)
+
+
 DDP = """
 import copy, os, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -176,6 +218,13 @@ def test_weights_that_are_not_shared_have_an_end():
     for run in (model, model.unrolled):
         with pytest.raises(ConfigError, match="n_iter = 5"):
             run(noise, labels, n_iter=5)
+    with pytest.raises(ConfigError, match="n_iter = 8"):
+        with_options(model, n_iter=8)(noise, labels)
+
+
+def test_a_start_that_a_model_does_not_have_is_refused():
+    with pytest.raises(ConfigError, match="starts from the tokens"):
+        with_options(tiny(injection="none"), z0_seed=5)
 
 
 def test_options_of_sampling_share_the_weights_and_leave_the_model_alone():

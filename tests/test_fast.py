@@ -275,3 +275,18 @@ def test_sampling_in_bf16_changes_images_a_little_and_counted_cost_not_at_all(tm
         sample_to_file(tmp_path / "g.safetensors", tmp_path / f"{p}.npz", 4, precision=p)
     a, b = (np.load(tmp_path / f"{p}.npz")["images"].astype(int) for p in ("float32", "bf16"))
     assert 0 < np.abs(a - b).mean() < 8
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    model = awake()
+    noise, labels = batch(model, 2)
+    image = Fast(model).unrolled(noise.requires_grad_(), labels, n_iter=2)[-1]
+    grad, = torch.autograd.grad(image.sum(), noise, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_no_iterations_are_refused():
+    model = awake()
+    with pytest.raises(ConfigError, match="max_iter = 0"):
+        Fast(model)(*batch(model), n_iter=0)

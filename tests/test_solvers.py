@@ -124,3 +124,22 @@ def test_damping_and_the_last_iterate_are_honoured():
 def test_a_wrong_option_is_refused_and_the_right_one_named(options, said):
     with pytest.raises(ConfigError, match=said):
         solve(lambda z: z, torch.zeros(1, 1), **options)
+
+
+@pytest.mark.parametrize("solver", [anderson, broyden])
+def test_a_step_that_is_taken_back_is_damped_as_well(solver):
+    seen = []
+
+    def f(z):
+        seen.append(z.item())
+        return torch.full_like(z, float("nan")) if len(seen) == 2 else -3 * z
+    solver(f, torch.ones(1, 1, dtype=torch.float64), max_iter=3, tau=.25)
+    assert seen == [1., 0., 0.]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_map_onto_zero_has_not_failed_and_an_empty_batch_is_one(name):
+    z, stats = solve(lambda z: 0 * z, torch.full((2, 3), 5.), name, max_iter=4, tol=1e-3)
+    assert not stats.failed.any() and stats.converged.all() and (z == 0).all()
+    z, stats = solve(lambda z: .5 * z, torch.zeros(0, 3), name, max_iter=4)
+    assert z.shape == (0, 3) and stats.rel_trace.shape == (0, 4)
