@@ -8,7 +8,7 @@ __all__ = ['INNATE', 'freeze_innate', 'parameters_by_kind', 'layer_activations',
            'gan_health', 'gan_cost', 'relative_change']
 
 # %% ../nbs/41_gdd.ipynb #86d3bd69
-import copy, json, math, re, time
+import copy, json, math, os, re, time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
-from .core import Fraction, config, progress, seed_everything, torch_rng
+from .core import ConfigError, Fraction, config, progress, seed_everything, torch_rng
 from .discriminator import R1_GAMMA, discriminator_loss, generator_loss, r1_penalty
 from .evaluate import flops
 from .files import load_tensors, optimizer_tensors, part_of, restore_optimizer, save_tensors
@@ -165,6 +165,7 @@ def train_gan(generator, discriminator,   # trained in place
               identity: dict = None,   # what else makes the run what it is
               desc: str = "gan"):    # -> ema generator, history; raises TrainingError, FileError
     "Train a one-step generator against a discriminator, resuming from `state_dir` if it holds a checkpoint."
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise ConfigError(f"{desc}: this training runs in one process; start it without torchrun")
     gan, folder = Gan(generator, discriminator, cfg), Path(state_dir) if state_dir else None
     device, what = next(generator.parameters()).device, json.loads(json.dumps(asdict(cfg) | (identity or {})))
     path = find_state(folder, what)

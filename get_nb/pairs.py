@@ -22,7 +22,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
 
 from .core import Precision, autocast, build_config, config, progress, rng
-from .files import FileError, atomic_path, load_tensors, save_tensors, sha256_file, write_json
+from .files import FileError, UnreadableFileError, atomic_path, load_tensors, save_tensors, sha256_file, write_json
 from .sampler import SAMPLERS, num_evaluations
 
 # %% ../nbs/13_pairs.ipynb #edecc209
@@ -102,7 +102,7 @@ def refuse_other_recipe(path: Path, cfg: PairsConfig):  # raises FileError
 
 # %% ../nbs/13_pairs.ipynb #907f2afa
 @contextmanager
-def claim(folder: Path, name: str):  # yields: is it ours? raises FileError
+def claim(folder: Path, name: str):  # yields "" if it is another's; "locked", or "no locks" on a file system without them; raises FileError
     "Claim a piece of work while the block runs."
     try: (folder / ".claims").mkdir(exist_ok=True)
     except FileNotFoundError:
@@ -110,18 +110,18 @@ def claim(folder: Path, name: str):  # yields: is it ours? raises FileError
     lock = FileLock(folder / ".claims" / f"{name}.lock")
     try: lock.acquire(timeout=0)
     except Timeout:
-        yield False
+        yield ""
         return
     except (OSError, NotImplementedError):
         pass      # a file system without locks: work may be done twice, to the same end
-    try: yield True
+    try: yield "locked" if lock.is_locked else "no locks"
     finally: lock.release()
 
 # %% ../nbs/13_pairs.ipynb #f6c899cc
-def write_shard(path: Path, tensors: dict, recipe: dict):  # raises FileError
+def write_shard(path: Path, tensors: dict, recipe: dict, alone: bool):  # is nobody else at this shard? raises FileError
     "Write a shard: whole, or not at all."
     try:
-        for left in path.parent.glob(f".{path.name}.*.tmp"):
+        for left in path.parent.glob(f".{path.name}.*.tmp") if alone else ():
             left.unlink(missing_ok=True)      # by a worker that was killed while writing
         if not path.parent.is_dir(): raise OSError("the folder has vanished")
         save_tensors(path, tensors, dict(kind="pairs", recipe=recipe))
@@ -137,7 +137,7 @@ def make_missing(denoiser, folder: Path, cfg: PairsConfig, bar):
         if not path.is_file():
             with claim(folder, name) as ours:
                 if ours and not path.is_file():
-                    write_shard(path, sample_pairs(denoiser, seeds[name], cfg), recipe_of(cfg))
+                    write_shard(path, sample_pairs(denoiser, seeds[name], cfg), recipe_of(cfg), ours == "locked")
             bar.n = sum(len(seeds[n]) for n in seeds.keys() & set(os.listdir(folder)))      # by all workers
             bar.refresh()
 
@@ -177,6 +177,7 @@ def finish(folder: Path, cfg: PairsConfig):  # -> the manifest, or None while so
             for name, s in shards.items():
                 try:
                     entries.append(dict(file=name, pairs=len(s), first_seed=s[0], sha256=shard_digest(folder / name, known, load_tensors)))
+                except UnreadableFileError: raise
                 except FileError as e:
                     print(f"{e}; made again", file=sys.stderr)
                     (folder / name).unlink(missing_ok=True)
@@ -320,9 +321,9 @@ def merge_pairs(folders,   # of pairs, at least one
         raise FileError(f"{target}: not empty; name a new folder to merge into")
     first, free = parts[0][1], ("n", "first_seed", "shard_size")
     for f, m in parts:
-        differs = [k for k in first["recipe"] if k not in free and m["recipe"].get(k) != first["recipe"][k]]
-        if differs:
-            raise FileError(f"{f}: made with {differs[0]} = {m['recipe'].get(differs[0])!r}, {parts[0][0]} with {first['recipe'][differs[0]]!r}: pairs of different recipes are not merged")
+        made = [{k: r.get(k, getattr(PairsConfig, k, None)) for k in first["recipe"] | m["recipe"] if k not in free} for r in (first["recipe"], m["recipe"])]
+        if differs := [k for k in made[0] if made[0][k] != made[1][k]]:
+            raise FileError(f"{f}: made with {differs[0]} = {made[1][differs[0]]!r}, {parts[0][0]} with {made[0][differs[0]]!r}: pairs of different recipes are not merged")
         if any("first_seed" not in s for s in m["shards"]):
             raise FileError(f"{f}: imported pairs have no seeds; they are not merged")
         if wrong := verify_pairs(f): raise FileError(wrong[0])

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 import get_nb
 from .core import ConfigError, Fraction, Precision, autocast, config, is_main, progress, rng, seed_everything
-from .files import FileError, load_tensors, optimizer_tensors, part_of, restore_optimizer, save_tensors
+from .files import FileError, UnreadableFileError, load_tensors, optimizer_tensors, part_of, restore_optimizer, save_tensors
 
 # %% ../nbs/03_train.ipynb #ab0a7eac
 @config
@@ -227,6 +227,7 @@ def find_state(folder: Path,  # of a run's checkpoints
     "The checkpoint to go on from."
     for path in checkpoints(folder):
         try: info = load_tensors(path)[1]
+        except UnreadableFileError: raise       # it may be whole
         except FileError as e:
             print(f"{e}. Set aside; going back to the one before", file=sys.stderr)
             path.rename(path.with_suffix(".damaged"))
@@ -310,7 +311,7 @@ def roll_back(run: Run, bad):  # the bad (step, loss, norm); raises TrainingErro
     message = f"{run.desc}: loss {loss}, gradient norm {norm} at step {step}; {last_good(run.folder)}"
     if run.cfg.on_bad == "stop" or len(run.skipped) >= 10: raise TrainingError(f"{message}. Lower lr, or set clip")
     skipped = [*run.skipped, step]
-    load_state(run)
+    if not load_state(run): raise TrainingError(f"{message}: nothing to go back to. Start again")
     run.skipped = skipped
     if is_main(): print(f"{message}. Gone back to step {run.step}; step {step} will be left out", file=sys.stderr)
 

@@ -15,7 +15,7 @@ import torch
 
 import toy
 from get_nb.core import ConfigError
-from get_nb.files import FileError
+from get_nb.files import FileError, save_tensors
 from get_nb.train import OPERATION, Stopped, TrainConfig, TrainingError, checkpoints, shares
 
 HERE = Path(__file__).parent
@@ -211,3 +211,29 @@ def test_compiled_methods_are_used_while_training_and_gone_afterwards(alone, mon
     ema, _ = toy.fit(None, compile="reduce-overhead", watch=lambda run: runs.append(run))
     assert used == ["reduce-overhead"] * 50 and equal(ema.parameters(), alone[0])
     assert "forward" not in vars(runs[0].model)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    toy.fit(tmp_path, steps=20)
+    before = sorted(tmp_path.iterdir())
+
+    def closed(path, mode="r", *args, **kw):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("get_nb.files.open", closed, raising=False)
+    with pytest.raises(FileError, match="step-00000020.safetensors: cannot be read: Permission denied"):
+        toy.fit(tmp_path, steps=20)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_files_are_as_readable_as_the_umask_says(tmp_path):
+    save_tensors(tmp_path / "a.safetensors", dict(x=torch.ones(2)), {})
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_skipping_with_no_checkpoint_left_stops(tmp_path):
+    def lose(run):
+        for path in tmp_path.glob("step-*"):
+            path.unlink()
+    with pytest.raises(TrainingError, match="nothing to go back to"):
+        toy.fit(tmp_path, on_bad="skip", poison=25, watch=lose)

@@ -121,6 +121,13 @@ def test_a_gan_state_of_another_run_is_refused(tmp_path):
         train_gan(generator(), critic(), batch, (1, 8, 8), 10, GanConfig(**{**CFG.__dict__, "r1_gamma": 1.}), state_dir=tmp_path)
 
 
+def test_training_against_a_critic_is_refused_under_torchrun(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        train_gan(generator(), critic(), batch, (1, 8, 8), 10, CFG, state_dir=tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
 def test_a_loss_that_is_no_number_stops_the_gan_and_names_step_and_checkpoint(tmp_path):
     def extra(model, step):
         return torch.tensor(math.nan if step == 3 else 0.)

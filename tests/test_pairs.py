@@ -179,6 +179,26 @@ def test_folders_that_do_not_fit_are_not_merged(whole, tmp_path):
     assert not (tmp_path / "target").exists()
 
 
+def test_a_recipe_older_than_a_field_is_not_merged_with_another_value_of_it(whole, tmp_path):
+    for name, n, first, precision in (("old", 10, 500, "float32"), ("new", 10, 600, "bf16")):
+        toy.make(tmp_path / name, n=n, first_seed=first, precision=precision)
+    path = tmp_path / "old/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["recipe"]["precision"]          # as if it had been made before there was the field
+    path.write_text(json.dumps(manifest))
+    for order in (["old", "new"], ["new", "old"]):
+        with pytest.raises(FileError, match="made with precision"):
+            merge_pairs([tmp_path / f for f in order], tmp_path / "target")
+    merge_pairs([tmp_path / "old", whole], tmp_path / "target")
+
+
+def test_without_locks_two_workers_do_not_disturb_each_other(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda *a, **k: (_ for _ in ()).throw(NotImplementedError))
+    tmp_path.joinpath(".pairs-00000.safetensors.1234.tmp").write_bytes(b"another worker's, being written")
+    toy.make(tmp_path)
+    assert shards(tmp_path) == shards(whole) and tmp_path.joinpath(".pairs-00000.safetensors.1234.tmp").is_file()
+
+
 def test_redrawn_noise_is_the_stored_noise_and_costs_no_space(whole, tmp_path):
     toy.make(tmp_path, store_noise=False)
     i = np.random.default_rng(0).integers(0, 120, 50)

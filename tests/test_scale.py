@@ -68,15 +68,23 @@ def test_snakemake_sees_the_stages_of_a_profile(tmp_path):
         assert re.search(rf"(rule|localrule|job) {name}:|^{name} ", said, re.M), name
 
 
-def test_snakemake_runs_a_stage_and_what_it_needs(tmp_path):
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "-s", ROOT / "workflow/Snakefile", "--config", "profile=smoke", "stage=pairs", f"runs={tmp_path}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_snakemake_runs_a_stage_and_what_it_needs_and_notices_what_no_longer_holds(tmp_path):
+    runs = tmp_path / "a folder"       # with a space
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", "-s", ROOT / "workflow/Snakefile", "--config", "profile=smoke", "stage=pairs", f"runs={runs}"]
+
+    def snakemake(*args):
+        done = subprocess.run([*command, *args], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+    snakemake()
     stages = load_profile(ROOT, "smoke")
-    assert not why_run(stages["teacher"], tmp_path / "smoke") and not why_run(stages["pairs"], tmp_path / "smoke")
-    (tmp_path / "smoke/.done/pairs").unlink()
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "pairs: holds" in done.stdout + done.stderr
+    assert not why_run(stages["teacher"], runs / "smoke") and not why_run(stages["pairs"], runs / "smoke")
+    assert "Nothing to be done" in snakemake()
+    (runs / "smoke/.done/pairs").unlink()
+    assert "pairs: holds" in snakemake()
+    (runs / "smoke/pairs/pairs-00001.safetensors").unlink()
+    assert re.search(r"^pairs +1$", snakemake("-n"), re.M)
+    assert "pairs: done" in snakemake() and not why_run(stages["pairs"], runs / "smoke")
 
 
 def test_snakemake_refuses_an_unknown_profile_in_one_line(tmp_path):

@@ -3,6 +3,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from get_nb import pipeline
 from get_nb.stages import Stage
@@ -56,3 +57,36 @@ def test_a_stage_waits_for_what_it_needs_and_for_cores(run):
 @pytest.mark.parametrize("params, cores", [(dict(threads=1, device="cpu"), 1), (dict(threads=8, device="cpu"), 4), (dict(threads=0, device="cpu"), 4), (dict(threads=1, device="cuda"), 4), ({}, 1)])
 def test_a_stage_takes_the_cores_that_it_says(params, cores):
     assert pipeline.cores_of(stage("s", **params), 4) == cores
+
+
+def test_every_failure_is_said(run, capsys):
+    def work(name):
+        time.sleep(.2 * (name == "b"))
+        raise pipeline.StageError(f"stage {name} failed: reason {name}")
+    _, error = run([stage("a", threads=1), stage("b", threads=1)], work, 2)
+    said = capsys.readouterr()
+    assert "reason a" in error and "reason b" in said.out + said.err
+
+
+def test_a_stage_that_another_process_runs_is_left_to_it(tmp_path):
+    with FileLock(tmp_path / ".a.lock"):
+        with pytest.raises(pipeline.StageError, match="stage a is being run by another process"):
+            pipeline.run_stage(stage("a"), {}, tmp_path, tmp_path)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_half_finished_stage_survives_a_start_that_cannot_write(tmp_path, monkeypatch):
+    folder, key = tmp_path / "a", dict(code="x")
+    pipeline.prepare_folder(folder, key, fresh=False)
+    (folder / "state").mkdir()
+
+    def full(self, text):
+        self.open("w").close()       # truncated, then no space
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(Path, "write_text", full)
+        pipeline.prepare_folder(folder, key, fresh=False)
+    pipeline.prepare_folder(folder, key, fresh=False)
+    assert (folder / "state").is_dir()
+    pipeline.prepare_folder(folder, dict(code="y"), fresh=False)
+    assert not (folder / "state").exists()

@@ -3,8 +3,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from get_nb.core import ConfigError
 from get_nb.pipeline import StageError, run_stage, runs_folder
 from get_nb.stages import load_profile, select, stage_key, why_run
@@ -22,18 +20,17 @@ def main():
     for need in stage.needs:
         if why_run(stages[need], folder):
             raise ConfigError(f"stage {stage.name}: {need} does not hold ({why_run(stages[need], folder)}); run it first")
-    with FileLock(folder / f".{stage.name}.lock", timeout=0):
-        reason = why_run(stage, folder)
-        if reason:
-            print(f"{stage.name}: running ({reason})", flush=True)
-            print(f"{stage.name}: done in {run_stage(stage, stage_key(stage, folder), args.root, folder)['seconds']:.0f} s")
-        else:
-            print(f"{stage.name}: holds")
+    reason = why_run(stage, folder)
+    if reason:
+        print(f"{stage.name}: running ({reason})", flush=True)
+        print(f"{stage.name}: done in {run_stage(stage, stage_key(stage, folder), args.root, folder)['seconds']:.0f} s")
+    else:
+        print(f"{stage.name}: holds")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, StageError, Timeout) as e:
+    except (ConfigError, StageError) as e:
         print(f"stage.py: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(1 if isinstance(e, StageError) else 2)
