@@ -32,4 +32,4 @@ def test_every_stage_of_the_gpu_profile_runs(tmp_path):
     stages = load_profile(ROOT, str(path))
     assert all((tmp_path / "runs/gpu-small" / name / "stamp.json").is_file() for name in stages)
     table = json.loads((tmp_path / "runs/gpu-small/table_3_get_vs_vit/table_3_get_vs_vit.json").read_text())
-    assert [r["method"] for r in table["rows"]] == ["GET, small", "GET", "ViT, equal size, equal steps", "ViT, five times the size, equal steps"]
+    assert [r["method"] for r in table["rows"]] == list(stages["table_3_get_vs_vit"].rows)
