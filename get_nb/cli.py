@@ -71,24 +71,27 @@ def options(*names):
 def reproduce(profile, stage, group, root, runs, keep, dry_run, fresh, cores, redraw):
     "Train, generate, evaluate and draw: everything of a profile that does not hold yet."
     root = find_root(root)
+    if redraw:
+        other = [k for k, v in dict(stage=stage, group=group, keep=keep, dry_run=dry_run, fresh=fresh, cores=cores).items() if v]
+        if other: raise ConfigError(f"--redraw draws all that is published; it goes with --profile, --runs and --root, not with --{other[0].replace('_', '-')}")
+        return pipeline.redraw(root, profile, runs)
     if dry_run:
-        list_stages(root, profile, stage, group, runs, keep)
+        list_stages(root, profile, stage, group, runs, keep, fresh)
         return show_price(root, profile, stage, group)
-    if redraw: return pipeline.redraw(root, profile, runs)
     folder = pipeline.run_profile(root, profile, stage, group, fresh, runs, cores, keep)
     click.echo(pipeline.compare_tables(folder, root / "results" / Path(profile).stem, chain.select(chain.load_profile(root, profile), stage, group)))
     click.echo(f"pages to read: {folder}/*/notebook.html")
 
 # %% ../nbs/51_cli.ipynb #ced63445
-def list_stages(root, profile, stage=None, group=None, runs=None, keep=False):
+def list_stages(root, profile, stage=None, group=None, runs=None, keep=False, fresh=False):
     "Print each stage, how long it took (here, or when it was published), and whether it holds."
     name = Path(profile).stem
-    folder, manifest = Path(runs or root / "runs") / name, root / "results" / name / "manifest.json"
-    published = json.loads(manifest.read_text())["stages"] if manifest.is_file() else {}
+    folder, published = Path(runs or root / "runs") / name, chain.read_manifest(root / "results" / name / "manifest.json")
     stale = set()
     for s in chain.select(chain.load_profile(root, profile), stage, group).values():
         stamp = chain.read_stamp(folder / s.name) or published.get(s.name)
-        took, reason = f"{stamp['seconds']:7.1f} s" if stamp else " " * 9, chain.why_run(s, folder, keep)
+        took = f"{stamp['seconds']:7.1f} s" if stamp else " " * 9
+        reason = "asked for" if fresh and stage in (None, s.name) else chain.why_run(s, folder, keep)
         first = next((n for n in s.needs if n in stale), None)
         if reason or first: stale.add(s.name)
         click.echo(f"{s.name:28} {took}  {reason or (f'holds, unless {first} comes out different' if first else 'holds')}")
@@ -275,7 +278,7 @@ def merge(target, folders):
 @click.option("--image-size", default=32, show_default=True, type=click.IntRange(8), help="Pixels per side.")
 @click.option("--batch", default=16, show_default=True, type=click.IntRange(1), help="Images per step.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Interleaved rounds.")
-@click.option("--task", "tasks", multiple=True, type=click.Choice(["sampling", "training", "teacher", "pairs"]), help="Only this; repeat for several. By default all.")
+@click.option("--task", "tasks", multiple=True, type=click.Choice(["sampling", "training", "solvers", "teacher", "pairs"]), help="Only this; repeat for several. By default all.")
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="A row through torch.compile, where there is a compiler.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="CPU threads; 0: torch's choice.")
@@ -288,11 +291,12 @@ def bench(out, device, threads, tasks, batch, **fields):
 
 # %% ../nbs/51_cli.ipynb #418c8466
 @cli.command()
-@click.option("--gpus", multiple=True, default=(1, 8, 64), show_default=True, type=click.IntRange(1), help="Number of GPUs; repeat for several.")
+@click.option("--gpus", multiple=True, default=(1, 8, 64), show_default=True, type=click.IntRange(1, 100_000), help="Number of GPUs; repeat for several.")
 @click.option("--record", type=click.Path(), help="record.json of get-nb bench on a GPU; by default the published one, if any.")
 @click.option("--set", "given", multiple=True, metavar="NAME=NUMBER", help="An assumption, e.g. peak=8e14, training=0.4 or price=2.5; repeat for several.")
 def price(gpus, record, given):
     "What the paper's run would take: time, memory, network and money."
     try: values = {k: float(v) for k, v in (g.split("=", 1) for g in given)}
     except ValueError: raise ConfigError(f"--set {' '.join(given)}: NAME=NUMBER, e.g. peak=8e14") from None
-    click.echo(importlib.import_module("get_nb.scale").price(gpus, record, **{k: int(v) if v >= 1 and v == int(v) and k in ("per_machine", "samples") else v for k, v in values.items()}))
+    whole = {k: int(v) for k, v in values.items() if k in ("per_machine", "samples") and v.is_integer()}
+    click.echo(importlib.import_module("get_nb.scale").price(gpus, record, **values | whole))

@@ -16,6 +16,7 @@ import torch
 from .core import cpu_name, table_markdown
 from .distill import DistillConfig
 from .evaluate import flops, training_cost
+from .files import FileError
 from .models import GET, create_model
 from .precond import edm_loss
 from .sampler import num_evaluations
@@ -110,13 +111,14 @@ def hardware_of(record: dict) -> str:
     h = record["provenance"]["hardware"]
     return h.get("gpu") or f"{h['cpu']}, {h.get('threads', h['cores'])} threads"
 
-def measured_rates(results: Path) -> dict:  # hardware -> kind -> (FLOP/s, where it was read)
+def measured_rates(results: Path) -> dict:  # hardware -> kind -> (FLOP/s, where it was read); raises FileError
     "The best published rates."
     out = {}
     for path in sorted(Path(results).glob("*/records/*/record.json")):
-        record = json.loads(path.read_text()); rate = rate_of(record)
+        try: record = json.loads(path.read_text()); rate = rate_of(record); hardware = hardware_of(record)
+        except (ValueError, KeyError, TypeError, AttributeError): raise FileError(f"{path}: damaged record; get-nb publish writes it again") from None
         if rate is None: continue
-        best = out.setdefault(hardware_of(record), {}); kind, speed = rate
+        best = out.setdefault(hardware, {}); kind, speed = rate
         if speed > best.get(kind, (0,))[0]: best[kind] = (speed, path.parent.relative_to(results).as_posix())
     return out
 
