@@ -26,7 +26,7 @@ def shrunk(profile):
 
 def test_every_stage_of_the_gpu_profile_runs(tmp_path):
     path = tmp_path / "gpu-small.yaml"
-    path.write_text(yaml.safe_dump(shrunk("gpu")))
+    path.write_text(yaml.safe_dump(shrunk("gpu"), sort_keys=False))
     done = get_nb("reproduce", "--profile", path, "--runs", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     stages = load_profile(ROOT, str(path))
