@@ -267,6 +267,7 @@ def bench_notes(record: dict) -> list:
     if record["keeps_memory"]: notes.append("The C library keeps freed memory (mallopt), for all rows alike: otherwise page faults take up to a tenth of the time.")
     return notes
 
+# %% ../nbs/52_bench.ipynb #6ca50cd9
 def bench_table(folder,           # where bench_<device>.json and .md go
                 record: dict,     # of save_record, values of run_bench
                ) -> str:          # the markdown

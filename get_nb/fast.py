@@ -56,7 +56,9 @@ def one_dnn(x, w, bias=None, add=None, after="none"):  # (N, d), (e, d), (e,), (
     if add is not None: return torch.ops.mkldnn._linear_pointwise.binary(x, add, w, bias, "add")
     return torch.ops.mkldnn._linear_pointwise(x, w, bias, after, [], "none")
 
-def has_one_dnn(): return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def has_one_dnn() -> bool:
+    "Is that library in this build of torch?"
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 def multiply(x, w, bias=None, add=None):  # as one_dnn
     "The same by whichever library is faster: for float32 on a CPU that is not the one which torch would take."
@@ -83,6 +85,7 @@ class Linear(torch.autograd.Function):
         dx = multiply(grad, w.t())
         return torch.ops.aten.gelu_backward(dx, x) if ctx.gelu else dx, dw, grad.sum(0) if need[2] else None, grad if need[3] else None, None
 
+# %% ../nbs/25_fast.ipynb #2d2ca8f8
 def product(x,           # (N, d)
             w,           # (e, d), plain or packed
             bias=None,   # (e,)
