@@ -50,8 +50,8 @@ def state_bytes(parameters: float) -> float:
 def kept_bytes(name: str, image_size: int = 32, n_iter: int = 6, width: int = 2) -> float:
     "What one image's forward pass keeps for the backward pass; `width` bytes per number."
     cfg = MODELS[name]; tokens = (image_size // cfg.patch)**2
-    numbers = cfg.depth * (8 + 2 * cfg.mlp_ratio)
-    if isinstance(cfg, GETConfig): numbers += n_iter * cfg.deq_depth * (8 + 2 * cfg.deq_mlp_ratio)
+    numbers = cfg.depth * (8 + cfg.mlp_ratio)
+    if isinstance(cfg, GETConfig): numbers += n_iter * cfg.deq_depth * (8 + cfg.deq_mlp_ratio)
     return numbers * cfg.dim * tokens * width
 
 # %% ../nbs/60_scale.ipynb #0d2608d1

@@ -40,7 +40,7 @@ def test_a_file_that_is_no_record_of_a_benchmark(said, tmp_path, text):
 
 def test_a_price_says_what_does_not_fit():
     from get_nb.scale import price
-    assert "Does not fit into 10 GB per GPU: train GET-M/2," in price((1,), memory=1e10) and "not fit" not in price((1, 8))
+    assert "Does not fit into 20 GB per GPU: train GET-B/2," in price((1,), memory=2e10) and "not fit" not in price((1, 8))
 
 
 @pytest.mark.parametrize("text, hint", [
