@@ -18,7 +18,7 @@ from tqdm.std import tqdm
 import get_nb.core
 from .core import ConfigError
 from .files import atomic_path, sha256_file, write_json
-from .stages import Stage, code_hashes, is_record, load_profile, read_stamp, select, stage_key, stage_outputs, why_run
+from .stages import Stage, code_hashes, is_record, load_profile, read_manifest, read_stamp, select, stage_key, stage_outputs, why_run
 
 # %% ../nbs/50_pipeline.ipynb #05443671
 class StageError(RuntimeError):
@@ -269,7 +269,7 @@ def publish(root: Path, profile: str, group=None, runs=None, keep: bool = False)
     new, old = target.with_name(f".{name}.new"), target.with_name(f".{name}.old")
     if old.is_dir() and not target.is_dir(): os.replace(old, target)      # an earlier publish was killed between its two renames
     for p in (new, old): shutil.rmtree(p, ignore_errors=True)
-    manifest = json.loads((target / "manifest.json").read_text()) if group and target.is_dir() else dict(profile=name, stages={})
+    manifest = dict(profile=name, stages=read_manifest(target / "manifest.json") if group else {})
     if group and target.is_dir(): shutil.copytree(target, new)
     new.mkdir(parents=True, exist_ok=True)
     manifest["stages"] |= {s.name: publish_stage(s, folder, new) for s in stages.values()}
@@ -281,9 +281,8 @@ def publish(root: Path, profile: str, group=None, runs=None, keep: bool = False)
 # %% ../nbs/50_pipeline.ipynb #0f9da880
 def stale_records(root: Path, name: str) -> list:  # lines
     "Published records that were made by code other than today's."
-    manifest = json.loads((root / "results" / name / "manifest.json").read_text())
     lines = []
-    for stage, m in manifest["stages"].items():
+    for stage, m in read_manifest(root / "results" / name / "manifest.json").items():
         notebook = root / "nbs/paper" / f"{m['notebook']}.ipynb"
         now = code_hashes(notebook) if notebook.is_file() else {}
         then = m["key"]["code"]
