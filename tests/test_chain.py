@@ -34,7 +34,7 @@ def test_every_stage_leaves_a_stamp_a_page_and_its_products(smoke):
     assert "table_2_conditional: " in printed and "table_3_get_vs_vit: " in printed
 
 
-UNITS = dict(parameters=1e-3, images=1e-3, teacher=1e-3, accuracy=100, copies=100, mmac=1e3, memory=1e3, gflop=1e3)     # column -> factor to the record's unit
+UNITS = dict(share_plain=100, share_anderson=100, share_broyden=100, parameters=1e-3, images=1e-3, teacher=1e-3, accuracy=100, copies=100, mmac=1e3, memory=1e3, gflop=1e3)     # column -> factor to the record's unit
 
 
 def look_up(runs, source):
