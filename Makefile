@@ -31,7 +31,7 @@ soak: $(READY)   ## the long campaigns of tests/soak
 	@GET_NB_PROGRESS=off OMP_NUM_THREADS=1 $(RUN)pytest tests/soak -o addopts=-q -s
 
 readme: $(READY) ## write the results into README.md
-	@$(RUN)python -c "from get_nb.report import write_readme; write_readme()"
+	@$(RUN)python -c "from get_nb.lab.report import write_readme; write_readme()"
 
 lint: $(READY)   ## ruff, clean notebooks, package in step with them
 	@$(RUN)pre-commit run --all-files

@@ -12,79 +12,135 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from .core import ConfigError, nearest
+from .lab.core import ConfigError, nearest
 
 # %% ../nbs/20_layers.ipynb #897b3b01
 class PatchEmbed(nn.Module):
     "Image to tokens: (B, C, H, W) -> (B, HW / patch^2, dim), row by row."
+
     def __init__(self, channels: int, dim: int, patch: int):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
-        nn.init.xavier_uniform_(self.proj.weight.view(dim, -1)); nn.init.zeros_(self.proj.bias)
+        nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))
+        nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x): return self.proj(x).flatten(2).transpose(1, 2)
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
 
 # %% ../nbs/20_layers.ipynb #e01616f7
-def patchify(image,       # (B, C, H, W)
-             patch: int,  # pixels per side
-            ):            # (B, T, patch * patch * C), pixels ordered row, column, channel
-    "Cut an image into flat patches, row by row."
+def patchify(
+    image,
+    patch: int,
+):
+    """Cut an image into flat patches, row by row.
+
+    Args:
+        image: (B, C, H, W)
+        patch: pixels per side
+
+    Returns:
+        (B, T, patch * patch * C), pixels ordered row, column, channel
+    """
     B, C, H, W = image.shape
     x = image.reshape(B, C, H // patch, patch, W // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
 
-def unpatchify(tokens,        # (B, T, patch * patch * C)
-               patch: int,    # pixels per side
-               channels: int, # C
-              ):              # (B, C, H, W), square
-    "Put flat patches back into an image: the inverse of `patchify`."
-    B, T, _ = tokens.shape; n = int(T**.5)
+
+def unpatchify(
+    tokens,
+    patch: int,
+    channels: int,
+):
+    """Put flat patches back into an image: the inverse of `patchify`.
+
+    Args:
+        tokens: (B, T, patch * patch * C)
+        patch: pixels per side
+        channels: C
+
+    Returns:
+        (B, C, H, W), square
+    """
+    B, T, _ = tokens.shape
+    n = int(T**0.5)
     x = tokens.reshape(B, n, n, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(B, channels, n * patch, n * patch)
 
 # %% ../nbs/20_layers.ipynb #d0fc912b
-def sincos_1d(n: int,    # positions 0 .. n - 1
-              dim: int,  # channels, even
-             ):          # float32 (n, dim): [sin, cos]
-    "Sine-cosine code of a position; computed in float64."
-    omega = 10000. ** (-torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
+def sincos_1d(
+    n: int,
+    dim: int,
+):
+    """Sine-cosine code of a position; computed in float64.
+
+    Args:
+        n: positions 0 .. n - 1
+        dim: channels, even
+
+    Returns:
+        float32 (n, dim): [sin, cos]
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
     angle = torch.outer(torch.arange(n, dtype=torch.float64, device="cpu"), omega)
     return torch.cat([angle.sin(), angle.cos()], 1).float()
 
-def sincos_2d(n: int,    # tokens per side
-              dim: int,  # channels, divisible by 4
-             ):          # float32 (1, n * n, dim): [column, row]
-    "Position table of a square grid, row by row."
+
+def sincos_2d(
+    n: int,
+    dim: int,
+):
+    """Position table of a square grid, row by row.
+
+    Args:
+        n: tokens per side
+        dim: channels, divisible by 4
+
+    Returns:
+        float32 (1, n * n, dim): [column, row]
+    """
     code = sincos_1d(n, dim // 2)
     return torch.cat([code.repeat(n, 1), code.repeat_interleave(n, 0)], 1)[None]
 
 # %% ../nbs/20_layers.ipynb #ab05f5a6
 class Attention(nn.Module):
     "Self-attention whose qkv can be offset; (B, T, d) -> (B, T, d)."
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        if dim % heads: raise ValueError(f"dim {dim} is not divisible by heads {heads}")
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
         self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
-    def forward(self, x,         # (B, T, d)
-                c=None,          # class vector (B, 3d)
-                u=None):         # injection (B, T, 3d)
+    def forward(self, x, c=None, u=None):
+        """
+        Args:
+            self, x: (B, T, d)
+            c: class vector (B, 3d)
+            u: injection (B, T, 3d)
+        """
         qkv = self.qkv(x)
-        if c is not None: qkv = qkv + c[:, None]
-        if u is not None: qkv = qkv + u
+        if c is not None:
+            qkv = qkv + c[:, None]
+        if u is not None:
+            qkv = qkv + u
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 # %% ../nbs/20_layers.ipynb #6d7f2028
 class MLP(nn.Module):
     "Two linear layers with exact GELU between; (B, T, d) -> (B, T, d)."
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-    def forward(self, x): return self.fc2(F.gelu(self.fc1(x)))
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
 
 class Block(nn.Module):
     "Pre-norm transformer block: x + attention(norm x), then x + mlp(norm x)."
+
     def __init__(self, dim: int, heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
@@ -97,8 +153,12 @@ class Block(nn.Module):
 # %% ../nbs/20_layers.ipynb #faf89b50
 class AdaptiveBlock(Block):
     "A block that the injection enters by scaling and shifting both norms, per token."
-    def forward(self, x, c=None,
-                u=None):         # (B, T, 4d): shift and scale of norm1, then of norm2
+
+    def forward(self, x, c=None, u=None):
+        """
+        Args:
+            u: (B, T, 4d): shift and scale of norm1, then of norm2
+        """
         shift1, scale1, shift2, scale2 = u.chunk(4, dim=-1)
         x = x + self.attn(self.norm1(x) * (1 + scale1) + shift1, c)
         return x + self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -106,35 +166,57 @@ class AdaptiveBlock(Block):
 # %% ../nbs/20_layers.ipynb #c9df82a3
 NORMS = dict(none=lambda layer: None, weight=parametrizations.weight_norm, spectral=parametrizations.spectral_norm)
 
-def normalize_weights(module, kind: str):  # -> module; raises ConfigError
-    "Reparametrise every linear layer inside: 'weight' norm, 'spectral' norm or 'none'."
-    if kind not in NORMS: raise ConfigError(f"norm {kind!r}{nearest(kind, NORMS)}")
+
+def normalize_weights(module, kind: str):
+    """Reparametrise every linear layer inside: 'weight' norm, 'spectral' norm or 'none'.
+
+    Returns:
+        module
+
+    Raises:
+        ConfigError:
+    """
+    if kind not in NORMS:
+        raise ConfigError(f"norm {kind!r}{nearest(kind, NORMS)}")
     for m in list(module.modules()):
-        if isinstance(m, torch.nn.Linear): NORMS[kind](m)
+        if isinstance(m, torch.nn.Linear):
+            NORMS[kind](m)
     return module
 
 # %% ../nbs/20_layers.ipynb #c1a48317
 class FinalLayer(nn.Module):
     "Tokens to patches: (B, T, d) -> (B, T, patch^2 * channels); starts at zero."
+
     def __init__(self, dim: int, patch: int, channels: int):
         super().__init__()
         self.norm_final, self.linear = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, patch * patch * channels)
-    def forward(self, x): return self.linear(self.norm_final(x))
+
+    def forward(self, x):
+        return self.linear(self.norm_final(x))
+
 
 class LabelEmbed(nn.Module):
     "Class vectors, a row of a table per class: int64 (B,) -> (B, width)."
+
     def __init__(self, num_classes: int, width: int):
         super().__init__()
         self.num_classes, self.embedding_table = num_classes, nn.Embedding(num_classes, width)
-        nn.init.normal_(self.embedding_table.weight, std=.02)
-    def forward(self, labels): return self.embedding_table(labels)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(self, labels):
+        return self.embedding_table(labels)
 
 # %% ../nbs/20_layers.ipynb #d2114ca2
-def init_transformer(model):  # -> model
-    "Released initialisation: linear layers Xavier-uniform with zero bias, output layer zero."
+def init_transformer(model):
+    """Released initialisation: linear layers Xavier-uniform with zero bias, output layer zero.
+
+    Returns:
+        model
+    """
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
-            if m.bias is not None: nn.init.zeros_(m.bias)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
     nn.init.zeros_(model.final_layer.linear.weight)
     return model

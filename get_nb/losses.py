@@ -13,32 +13,72 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from .core import ConfigError, nearest
-from .files import FileError, read_weights, sha256_file
+from .lab.core import ConfigError, nearest
+from .lab.core import FileError
+from .lab.files import read_weights, sha256_file
 
 # %% ../nbs/30_losses.ipynb #4a77935f
-def l1(image, target):  # (B, C, H, W) twice -> scalar
-    "Mean absolute difference (GET's default)."
+def l1(image, target):
+    """Mean absolute difference (GET's default).
+
+    Args:
+        image, target: (B, C, H, W) twice
+
+    Returns:
+        scalar
+    """
     return (image - target).abs().mean()
 
-def l2(image, target):  # (B, C, H, W) twice -> scalar
-    "Mean squared difference."
+
+def l2(image, target):
+    """Mean squared difference.
+
+    Args:
+        image, target: (B, C, H, W) twice
+
+    Returns:
+        scalar
+    """
     return (image - target).square().mean()
 
 # %% ../nbs/30_losses.ipynb #6dbcf1eb
-STAGES, CHANNELS = ("3", "8", "15", "22", "29"), (64, 128, 256, 512, 512)   # of VGG16's last ReLUs, in torchvision's numbers
+STAGES, CHANNELS = (
+    ("3", "8", "15", "22", "29"),
+    (64, 128, 256, 512, 512),
+)  # of VGG16's last ReLUs, in torchvision's numbers
 
-def perceptual_input(x):  # (B, C, H, W) in [-1, 1] -> (B, 3, 224, 224) in [0, 1]
-    "Images as piq's networks want them: bilinear to 224, then (x + 1)/2 [locuslab/get]; one channel is repeated."
-    if x.shape[1] == 1: x = x.expand(-1, 3, -1, -1)
+
+def perceptual_input(x):
+    """Images as piq's networks want them: bilinear to 224, then (x + 1)/2 [locuslab/get]; one channel is repeated.
+
+    Args:
+        x: (B, C, H, W) in [-1, 1]
+
+    Returns:
+        (B, 3, 224, 224) in [0, 1]
+    """
+    if x.shape[1] == 1:
+        x = x.expand(-1, 3, -1, -1)
     return (F.interpolate(x, size=(224, 224), mode="bilinear") + 1) / 2
 
 # %% ../nbs/30_losses.ipynb #c703bbad
-def load_vgg16(state: dict = None):  # state dict, by default the published one -> its convolutions, frozen; raises FileError
-    "The VGG16 whose features are compared [torchvision]."
+def load_vgg16(state: dict = None):
+    """The VGG16 whose features are compared [torchvision].
+
+    Args:
+        state: state dict, by default the published one
+
+    Returns:
+        its convolutions, frozen
+
+    Raises:
+        FileError:
+    """
     from torchvision.models import vgg16
+
     state = read_weights("vgg16") if state is None else state
-    with torch.device("meta"): backbone = vgg16(weights=None).features
+    with torch.device("meta"):
+        backbone = vgg16(weights=None).features
     try:
         own = {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}
         backbone.load_state_dict(own, assign=True)
@@ -47,12 +87,23 @@ def load_vgg16(state: dict = None):  # state dict, by default the published one 
     return backbone.eval().requires_grad_(False)
 
 # %% ../nbs/30_losses.ipynb #b1b124f2
-LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"   # of lpips/weights/v0.1/vgg.pth
+LPIPS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"  # of lpips/weights/v0.1/vgg.pth
 
-def lpips_weights() -> list:  # of (1, C, 1, 1), one per stage; raises ConfigError, FileError
-    "LPIPS's weights of channels, which the package `lpips` ships [richzhang/PerceptualSimilarity, v0.1]."
-    try: import lpips
-    except ImportError: raise ConfigError("the loss 'lpips' needs the extra: pip install 'get_nb[perceptual]'") from None
+
+def lpips_weights() -> list:
+    """LPIPS's weights of channels, which the package `lpips` ships [richzhang/PerceptualSimilarity, v0.1].
+
+    Returns:
+        of (1, C, 1, 1), one per stage
+
+    Raises:
+        ConfigError:
+        FileError:
+    """
+    try:
+        import lpips
+    except ImportError:
+        raise ConfigError("the loss 'lpips' needs the extra: pip install 'get_nb[perceptual]'") from None
     path = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
     if not path.is_file() or sha256_file(path) != LPIPS_SHA256:
         raise FileError(f"{path}: not the weights of lpips 0.1.4; install that version again")
@@ -60,17 +111,34 @@ def lpips_weights() -> list:  # of (1, C, 1, 1), one per stage; raises ConfigErr
     return [state[f"lin{i}.model.1.weight"] for i in range(len(STAGES))]
 
 # %% ../nbs/30_losses.ipynb #67562245
-def make_lpips(backbone,        # VGG16's convolutions
-               weights: list,   # (1, C, 1, 1) per stage
-              ):                # (image, target) -> scalar
-    "LPIPS on a given backbone."
+def make_lpips(
+    backbone,
+    weights: list,
+):
+    """LPIPS on a given backbone.
+
+    Args:
+        backbone: VGG16's convolutions
+        weights: (1, C, 1, 1) per stage
+
+    Returns:
+        (image, target)
+    """
     from piq.perceptual import ContentLoss
+
     distance = ContentLoss(backbone, layers=STAGES, weights=weights, normalize_features=True)
     return lambda image, target: distance(perceptual_input(image), perceptual_input(target))
 
 # %% ../nbs/30_losses.ipynb #6e13f5e2
-def dists_weights(state: dict = None) -> list:  # of (1, C, 1, 1): structure, then texture; raises FileError
-    "DISTS's weights of channels [piq]."
+def dists_weights(state: dict = None) -> list:
+    """DISTS's weights of channels [piq].
+
+    Args:
+        state: of (1, C, 1, 1): structure, then texture
+
+    Raises:
+        FileError:
+    """
     state = read_weights("dists") if state is None else state
     channels = [3, *CHANNELS]
     for k in ("alpha", "beta"):
@@ -78,30 +146,61 @@ def dists_weights(state: dict = None) -> list:  # of (1, C, 1, 1): structure, th
         if not isinstance(v, torch.Tensor) or v.shape != (1, sum(channels), 1, 1):
             raise FileError(f"dists_weights.pt: {k!r} is not a tensor of shape (1, {sum(channels)}, 1, 1)")
     total = (state["alpha"].double().sum() + state["beta"].double().sum()).item()
-    if not abs(total - 1) < 1e-2: raise FileError(f"dists_weights.pt: alpha and beta add up to {total:.4g}, should be 1")
+    if not abs(total - 1) < 1e-2:
+        raise FileError(f"dists_weights.pt: alpha and beta add up to {total:.4g}, should be 1")
     return [w for k in ("alpha", "beta") for w in state[k].detach().split(channels, 1)]
 
 # %% ../nbs/30_losses.ipynb #5d036203
-def make_dists(backbone, weights: list):  # as in make_lpips, with the weights of dists_weights
-    "DISTS on a given backbone, whose pooling is replaced."
+def make_dists(backbone, weights: list):
+    """DISTS on a given backbone, whose pooling is replaced.
+
+    Args:
+        backbone, weights: as in make_lpips, with the weights of dists_weights
+    """
     from piq.perceptual import DISTS, ContentLoss
-    distance = DISTS.__new__(DISTS)          # its constructor would download; its base class takes what is here
-    ContentLoss.__init__(distance, backbone, layers=STAGES, weights=weights, replace_pooling=True, allow_layers_weights_mismatch=True)
+
+    distance = DISTS.__new__(DISTS)  # its constructor would download; its base class takes what is here
+    ContentLoss.__init__(
+        distance, backbone, layers=STAGES, weights=weights, replace_pooling=True, allow_layers_weights_mismatch=True
+    )
     return lambda image, target: distance(perceptual_input(image), perceptual_input(target))
 
 # %% ../nbs/30_losses.ipynb #a1689669
 @lru_cache(maxsize=1)
-def perceptual(name: str):  # "lpips" or "dists" -> (image, target) -> scalar; raises ConfigError, FileError
-    "A perceptual distance with its published weights, loaded once."
-    try: import piq  # noqa: F401
-    except ImportError: raise ConfigError(f"the loss {name!r} needs the extra: pip install 'get_nb[perceptual]'") from None
+def perceptual(name: str):
+    """A perceptual distance with its published weights, loaded once.
+
+    Args:
+        name: "lpips" or "dists"
+
+    Returns:
+        (image, target) -> scalar
+
+    Raises:
+        ConfigError:
+        FileError:
+    """
+    try:
+        import piq  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"the loss {name!r} needs the extra: pip install 'get_nb[perceptual]'") from None
     weights = lpips_weights() if name == "lpips" else dists_weights()
     return (make_lpips if name == "lpips" else make_dists)(load_vgg16(), weights)
 
 # %% ../nbs/30_losses.ipynb #c868ef4b
 LOSSES = ("l1", "l2", "lpips", "dists")
 
-def get_loss(name: str):  # -> (image, target) -> scalar; raises ConfigError, FileError
-    "A distance by name."
-    if name not in LOSSES: raise ConfigError(f"unknown loss {name!r}{nearest(name, LOSSES)}")
+
+def get_loss(name: str):
+    """A distance by name.
+
+    Returns:
+        (image, target) -> scalar
+
+    Raises:
+        ConfigError:
+        FileError:
+    """
+    if name not in LOSSES:
+        raise ConfigError(f"unknown loss {name!r}{nearest(name, LOSSES)}")
     return dict(l1=l1, l2=l2)[name] if name in ("l1", "l2") else perceptual(name)

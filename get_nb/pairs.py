@@ -9,7 +9,13 @@ __all__ = ['NUMPY', 'OPEN', 'pair_noise', 'pair_label', 'draw_noise', 'PairsConf
            'merge_pairs', 'link_or_copy']
 
 # %% ../nbs/13_pairs.ipynb #3105d732
-import json, os, re, resource, shutil, sys, time
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import time
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -21,52 +27,98 @@ from filelock import FileLock, Timeout
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
 
-from .core import Precision, autocast, build_config, config, progress, rng
-from .files import FileError, UnreadableFileError, atomic_path, load_tensors, save_tensors, sha256_file, write_json
+from .lab.core import Precision, autocast, build_config, config, progress, rng
+from .lab.core import FileError, UnreadableFileError
+from .lab.files import atomic_path, load_tensors, save_tensors, sha256_file, write_json
 from .sampler import SAMPLERS, num_evaluations
 
 # %% ../nbs/13_pairs.ipynb #edecc209
-def pair_noise(seed: int,   # of the pair
-               shape,       # (C, H, W)
-              ):            # float32, unit Gaussian
-    "Noise of a pair."
+def pair_noise(
+    seed: int,
+    shape,
+):
+    """Noise of a pair.
+
+    Args:
+        seed: of the pair
+        shape: (C, H, W)
+
+    Returns:
+        float32, unit Gaussian
+    """
     return rng("pair noise", seed).standard_normal(shape, dtype=np.float32)
 
-def pair_label(seed: int,         # of the pair
-               num_classes: int,  # 0: unconditional
-              ) -> int:           # 0 .. num_classes - 1, or -1
-    "Label of a pair, uniform over the classes."
+
+def pair_label(
+    seed: int,
+    num_classes: int,
+) -> int:
+    """Label of a pair, uniform over the classes.
+
+    Args:
+        seed: of the pair
+        num_classes: 0: unconditional
+
+    Returns:
+        0 .. num_classes - 1, or -1
+    """
     return int(rng("pair label", seed).integers(num_classes)) if num_classes else -1
 
 # %% ../nbs/13_pairs.ipynb #fb3757c4
-def draw_noise(seeds, shape, num_classes: int):  # -> noise float32 (B, C, H, W), labels int64 (B,)
-    "Noise and labels of several pairs, as tensors."
+def draw_noise(seeds, shape, num_classes: int):
+    """Noise and labels of several pairs, as tensors.
+
+    Returns:
+        noise float32 (B, C, H, W), labels int64 (B,)
+    """
     noise = torch.from_numpy(np.stack([pair_noise(s, shape) for s in seeds]))
     return noise, torch.tensor([pair_label(s, num_classes) for s in seeds])
 
 # %% ../nbs/13_pairs.ipynb #144fd397
 @config
 class PairsConfig:
-    "The recipe of a set of pairs."
-    n: PositiveInt                            # number of pairs
-    first_seed: NonNegativeInt = 0            # seeds are first_seed .. first_seed + n - 1
-    num_classes: NonNegativeInt = 0           # labels are drawn when > 0
-    shape: tuple[int, int, int]               # (C, H, W)
+    """The recipe of a set of pairs.
+
+    Attributes:
+        n: number of pairs
+        first_seed: seeds are first_seed .. first_seed + n - 1
+        num_classes: labels are drawn when > 0
+        shape: (C, H, W)
+        num_steps: of the sampler
+        sigma_min: lowest noise level before 0
+        sigma_max: first noise level
+        rho: crowding of the schedule
+        shard_size: pairs per file
+        batch_size: pairs per call of the sampler
+        store_noise: False: redraw it when reading (slower, half the space)
+        precision: of the network
+        compile: the network, by torch.compile
+        teacher: identity of the teacher, e.g. its checkpoint's digest
+    """
+
+    n: PositiveInt
+    first_seed: NonNegativeInt = 0
+    num_classes: NonNegativeInt = 0
+    shape: tuple[int, int, int]
     sampler: Literal["heun", "euler"] = "heun"
-    num_steps: PositiveInt = 18               # of the sampler
-    sigma_min: PositiveFloat = .002           # lowest noise level before 0
-    sigma_max: PositiveFloat = 80.            # first noise level
-    rho: PositiveFloat = 7.                   # crowding of the schedule
-    shard_size: PositiveInt = 2000            # pairs per file
-    batch_size: PositiveInt = 500             # pairs per call of the sampler
-    store_noise: bool = True                  # False: redraw it when reading (slower, half the space)
-    precision: Precision = "float32"          # of the network
-    compile: bool = False                     # the network, by torch.compile
-    teacher: str                              # identity of the teacher, e.g. its checkpoint's digest
+    num_steps: PositiveInt = 18
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+    rho: PositiveFloat = 7.0
+    shard_size: PositiveInt = 2000
+    batch_size: PositiveInt = 500
+    store_noise: bool = True
+    precision: Precision = "float32"
+    compile: bool = False
+    teacher: str
 
 # %% ../nbs/13_pairs.ipynb #b45a8e26
-def sample_pairs(denoiser, seeds, cfg: PairsConfig):  # -> dict of tensors: seed, label, image and, if stored, noise
-    "Run the teacher from the seeds' noise."
+def sample_pairs(denoiser, seeds, cfg: PairsConfig):
+    """Run the teacher from the seeds' noise.
+
+    Returns:
+        dict of tensors: seed, label, image and, if stored, noise
+    """
     device, out = next(denoiser.parameters()).device, []
     noise, labels = draw_noise(seeds, cfg.shape, cfg.num_classes)
     kw = {k: getattr(cfg, k) for k in ("num_steps", "sigma_min", "sigma_max", "rho")}
@@ -78,55 +130,96 @@ def sample_pairs(denoiser, seeds, cfg: PairsConfig):  # -> dict of tensors: seed
     return shard | (dict(noise=noise) if cfg.store_noise else {})
 
 # %% ../nbs/13_pairs.ipynb #b57fbdcd
-def shard_seeds(cfg: PairsConfig) -> dict:  # file name -> range of seeds
-    "How the seeds are cut into shards."
+def shard_seeds(cfg: PairsConfig) -> dict:
+    """How the seeds are cut into shards.
+
+    Args:
+        cfg: file name
+
+    Returns:
+        range of seeds
+    """
     end = cfg.first_seed + cfg.n
-    return {f"pairs-{i:05d}.safetensors": range(s, min(s + cfg.shard_size, end)) for i, s in enumerate(range(cfg.first_seed, end, cfg.shard_size))}
+    return {
+        f"pairs-{i:05d}.safetensors": range(s, min(s + cfg.shard_size, end))
+        for i, s in enumerate(range(cfg.first_seed, end, cfg.shard_size))
+    }
+
 
 def recipe_of(cfg: PairsConfig) -> dict:
     "What identifies pairs, as json holds it."
     return {k: list(v) if isinstance(v, tuple) else v for k in cfg.__dataclass_fields__ for v in [getattr(cfg, k)]}
 
 # %% ../nbs/13_pairs.ipynb #2599f68c
-def refuse_other_recipe(path: Path, cfg: PairsConfig):  # raises FileError
-    "Does this shard belong to the recipe? A damaged one is left for the check of contents."
+def refuse_other_recipe(path: Path, cfg: PairsConfig):
+    """Does this shard belong to the recipe? A damaged one is left for the check of contents.
+
+    Raises:
+        FileError:
+    """
     try:
-        with safe_open(path, "pt") as f: made = json.loads(json.loads(f.metadata()["get_nb"])["info"])["recipe"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError): return
+        with safe_open(path, "pt") as f:
+            made = json.loads(json.loads(f.metadata()["get_nb"])["info"])["recipe"]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return
     for k, v in recipe_of(cfg).items():
-        old = made.get(k, getattr(PairsConfig, k, None))       # a field that is newer than the shard had its default
-        if old == v: continue
-        try: load_tensors(path)
-        except FileError: return      # what its header says now is not what was written
+        old = made.get(k, getattr(PairsConfig, k, None))  # a field that is newer than the shard had its default
+        if old == v:
+            continue
+        try:
+            load_tensors(path)
+        except FileError:
+            return  # what its header says now is not what was written
         raise FileError(f"{path}: made with {k} = {old!r}, now {v!r}; use an empty folder")
 
 # %% ../nbs/13_pairs.ipynb #907f2afa
 @contextmanager
-def claim(folder: Path, name: str):  # yields "" if it is another's; "locked", or "no locks" on a file system without them; raises FileError
-    "Claim a piece of work while the block runs."
-    try: (folder / ".claims").mkdir(exist_ok=True)
+def claim(folder: Path, name: str):
+    """Claim a piece of work while the block runs.
+
+    Args:
+        folder, name: yields "" if it is another's; "locked", or "no locks" on a file system without them
+
+    Raises:
+        FileError:
+    """
+    try:
+        (folder / ".claims").mkdir(exist_ok=True)
     except FileNotFoundError:
-        raise FileError(f"{folder}: the folder has vanished; bring it back and run again, finished shards are kept") from None
+        raise FileError(
+            f"{folder}: the folder has vanished; bring it back and run again, finished shards are kept"
+        ) from None
     lock = FileLock(folder / ".claims" / f"{name}.lock")
-    try: lock.acquire(timeout=0)
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
         yield ""
         return
     except (OSError, NotImplementedError):
-        pass      # a file system without locks: work may be done twice, to the same end
-    try: yield "locked" if lock.is_locked else "no locks"
-    finally: lock.release()
+        pass  # a file system without locks: work may be done twice, to the same end
+    try:
+        yield "locked" if lock.is_locked else "no locks"
+    finally:
+        lock.release()
 
 # %% ../nbs/13_pairs.ipynb #f6c899cc
-def write_shard(path: Path, tensors: dict, recipe: dict, alone: bool):  # is nobody else at this shard? raises FileError
-    "Write a shard: whole, or not at all."
+def write_shard(path: Path, tensors: dict, recipe: dict, alone: bool):
+    """Write a shard: whole, or not at all.
+
+    Args:
+        path, tensors, recipe, alone: is nobody else at this shard? raises FileError
+    """
     try:
         for left in path.parent.glob(f".{path.name}.*.tmp") if alone else ():
-            left.unlink(missing_ok=True)      # by a worker that was killed while writing
-        if not path.parent.is_dir(): raise OSError("the folder has vanished")
+            left.unlink(missing_ok=True)  # by a worker that was killed while writing
+        if not path.parent.is_dir():
+            raise OSError("the folder has vanished")
         save_tensors(path, tensors, dict(kind="pairs", recipe=recipe))
     except (OSError, SafetensorError) as e:
-        raise FileError(f"{path}: cannot be written: {e}; finished shards are kept. Put that right and run again to go on") from None
+        raise FileError(
+            f"{path}: cannot be written: {e}; finished shards are kept. Put that right and run again to go on"
+        ) from None
+
 
 def make_missing(denoiser, folder: Path, cfg: PairsConfig, bar):
     "One round over the shards: make those that are neither there nor claimed. Every worker begins at another place."
@@ -138,90 +231,165 @@ def make_missing(denoiser, folder: Path, cfg: PairsConfig, bar):
             with claim(folder, name) as ours:
                 if ours and not path.is_file():
                     write_shard(path, sample_pairs(denoiser, seeds[name], cfg), recipe_of(cfg), ours == "locked")
-            bar.n = sum(len(seeds[n]) for n in seeds.keys() & set(os.listdir(folder)))      # by all workers
+            bar.n = sum(len(seeds[n]) for n in seeds.keys() & set(os.listdir(folder)))  # by all workers
             bar.refresh()
 
 # %% ../nbs/13_pairs.ipynb #828ca2b6
-def shard_digest(path: Path,      # of a shard
-                 known: dict,     # file -> [size, time, sha256], brought up to date
-                 check=None,      # called with the path before an unknown digest is believed
-                ) -> str:         # sha256
-    "Digest of a shard; remembered while its size and time stay what they were."
+def shard_digest(
+    path: Path,
+    known: dict,
+    check=None,
+) -> str:
+    """Digest of a shard; remembered while its size and time stay what they were.
+
+    Args:
+        path: of a shard
+        known: file
+        check: called with the path before an unknown digest is believed
+
+    Returns:
+        sha256
+    """
     s = path.stat()
     stamp = [s.st_size, s.st_mtime_ns]
     if known.get(path.name, [])[:2] != stamp:
-        if check: check(path)
+        if check:
+            check(path)
         known[path.name] = [*stamp, sha256_file(path)]
     return known[path.name][2]
 
+
 @contextmanager
-def remembered(folder: Path, afresh: bool = False):  # yields the dict `known` of shard_digest
-    "What is known of a folder's shards; kept for the next time if the folder can be written to."
+def remembered(folder: Path, afresh: bool = False):
+    """What is known of a folder's shards; kept for the next time if the folder can be written to.
+
+    Args:
+        folder, afresh: yields the dict `known` of shard_digest
+    """
     path = folder / ".verified.json"
-    try: known = {} if afresh else dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError): known = {}
+    try:
+        known = {} if afresh else dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        known = {}
     before = dict(known)
-    try: yield known
+    try:
+        yield known
     finally:
-        try: known == before or write_json(path, known)
-        except OSError: pass
+        try:
+            known == before or write_json(path, known)
+        except OSError:
+            pass
 
 # %% ../nbs/13_pairs.ipynb #990ad753
-def finish(folder: Path, cfg: PairsConfig):  # -> the manifest, or None while something is missing
-    "When all shards are there: check what has not been checked, and write the manifest."
+def finish(folder: Path, cfg: PairsConfig):
+    """When all shards are there: check what has not been checked, and write the manifest.
+
+    Returns:
+        the manifest, or None while something is missing
+    """
     shards, entries = shard_seeds(cfg), []
-    if not all((folder / name).is_file() for name in shards): return None
+    if not all((folder / name).is_file() for name in shards):
+        return None
     with claim(folder, "manifest") as ours:
-        if not ours: return None
+        if not ours:
+            return None
         with remembered(folder) as known:
             for name, s in shards.items():
                 try:
-                    entries.append(dict(file=name, pairs=len(s), first_seed=s[0], sha256=shard_digest(folder / name, known, load_tensors)))
-                except UnreadableFileError: raise
+                    entries.append(
+                        dict(
+                            file=name,
+                            pairs=len(s),
+                            first_seed=s[0],
+                            sha256=shard_digest(folder / name, known, load_tensors),
+                        )
+                    )
+                except UnreadableFileError:
+                    raise
                 except FileError as e:
                     print(f"{e}; made again", file=sys.stderr)
                     (folder / name).unlink(missing_ok=True)
-        if len(entries) < len(shards): return None
-        manifest = dict(kind="pairs", schema=1, recipe=recipe_of(cfg), evaluations_per_pair=num_evaluations(cfg.num_steps, cfg.sampler), shards=entries)
+        if len(entries) < len(shards):
+            return None
+        manifest = dict(
+            kind="pairs",
+            schema=1,
+            recipe=recipe_of(cfg),
+            evaluations_per_pair=num_evaluations(cfg.num_steps, cfg.sampler),
+            shards=entries,
+        )
         write_json(folder / "manifest.json", manifest)
     return manifest
 
 # %% ../nbs/13_pairs.ipynb #9e95d771
-def generate_pairs(denoiser,          # teacher, eval mode
-                   folder,            # of the shards; one that all workers see
-                   cfg: PairsConfig,
-                  ) -> dict:          # the manifest; raises FileError
-    "Make all pairs of a recipe, together with whoever else is at it, going on where an earlier run stopped."
+def generate_pairs(
+    denoiser,
+    folder,
+    cfg: PairsConfig,
+) -> dict:
+    """Make all pairs of a recipe, together with whoever else is at it, going on where an earlier run stopped.
+
+    Args:
+        denoiser: teacher, eval mode
+        folder: of the shards; one that all workers see
+
+    Returns:
+        the manifest
+
+    Raises:
+        FileError:
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.glob("pairs-*.safetensors")): refuse_other_recipe(path, cfg)
-    if cfg.compile: denoiser = torch.compile(denoiser)
+    for path in sorted(folder.glob("pairs-*.safetensors")):
+        refuse_other_recipe(path, cfg)
+    if cfg.compile:
+        denoiser = torch.compile(denoiser)
     with progress(total=cfg.n, desc="pairs") as bar:
         while True:
             make_missing(denoiser, folder, cfg, bar)
-            if manifest := finish(folder, cfg): return manifest
-            time.sleep(.1)      # others are still at it
+            if manifest := finish(folder, cfg):
+                return manifest
+            time.sleep(0.1)  # others are still at it
 
 # %% ../nbs/13_pairs.ipynb #49d2fc8e
 NUMPY = {"F32": np.float32, "F64": np.float64, "I64": np.int64}
-OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)      # half of the files that this process may open
+OPEN = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)  # half of the files that this process may open
+
 
 class Shard:
     "An open safetensors file whose rows are read where they lie."
-    def __init__(self, path):  # raises FileError
+
+    def __init__(self, path):
+        """
+        Raises:
+            FileError:
+        """
         self.path, self.file = path, open(path, "rb", buffering=0)
         size = int.from_bytes(self.file.read(8), "little")
-        try: header = json.loads(self.file.read(size))
+        try:
+            header = json.loads(self.file.read(size))
         except (ValueError, MemoryError, OverflowError):
             raise FileError(f"{path}: damaged: its header cannot be read; delete it and make the pairs again") from None
         header.pop("__metadata__", None)
-        self.tensors = {k: (8 + size + v["data_offsets"][0], NUMPY[v["dtype"]], tuple(v["shape"])) for k, v in header.items()}
+        self.tensors = {
+            k: (8 + size + v["data_offsets"][0], NUMPY[v["dtype"]], tuple(v["shape"])) for k, v in header.items()
+        }
         self.kept = {}
         for k, (start, dtype, shape) in self.tensors.items():
-            if len(shape) == 1: self.kept[k] = np.fromfile(path, dtype, shape[0], offset=start)      # seeds, labels
-            if len(self.kept.get(k, ())) not in (0, shape[0]): self.cut()
+            if len(shape) == 1:
+                self.kept[k] = np.fromfile(path, dtype, shape[0], offset=start)  # seeds, labels
+            if len(self.kept.get(k, ())) not in (0, shape[0]):
+                self.cut()
 
-    def rows(self, name, index, out, places):  # int (n,), array (B, ...), int (n,): out[places] = rows; raises FileError
+    def rows(self, name, index, out, places):
+        """
+        Args:
+            self, name, index, out, places: int (n,), array (B, ...), int (n,): out[places] = rows
+
+        Raises:
+            FileError:
+        """
         if name in self.kept:
             out[places] = self.kept[name][index]
             return
@@ -233,16 +401,24 @@ class Shard:
             return
         file, view, size = self.file.fileno(), memoryview(out).cast("B"), out[0].nbytes
         for i, row in zip(places.tolist(), index.tolist()):
-            if os.preadv(file, (view[i * size:(i + 1) * size],), start + row * size) != size: self.cut()
+            if os.preadv(file, (view[i * size : (i + 1) * size],), start + row * size) != size:
+                self.cut()
 
-    def cut(self): raise FileError(f"{self.path}: shorter than its header says; delete it and make the pairs again")
+    def cut(self):
+        raise FileError(f"{self.path}: shorter than its header says; delete it and make the pairs again")
 
 # %% ../nbs/13_pairs.ipynb #5feee135
-def read_manifest(folder) -> dict:  # raises FileError
-    "The manifest of a folder of pairs."
+def read_manifest(folder) -> dict:
+    """The manifest of a folder of pairs.
+
+    Raises:
+        FileError:
+    """
     path = Path(folder) / "manifest.json"
-    if not path.is_file(): raise FileError(f"{path}: no such file: {folder} is not a finished folder of pairs")
-    try: m = json.loads(path.read_text())
+    if not path.is_file():
+        raise FileError(f"{path}: no such file: {folder} is not a finished folder of pairs")
+    try:
+        m = json.loads(path.read_text())
     except (ValueError, RecursionError) as e:
         raise FileError(f"{path}: not json ({e}); make the pairs again, finished shards are kept") from None
     if not isinstance(m, dict) or m.get("kind") != "pairs" or m.get("schema") != 1:
@@ -251,49 +427,87 @@ def read_manifest(folder) -> dict:  # raises FileError
     if not isinstance(recipe, dict) or not {"shape", "num_classes"} <= recipe.keys():
         raise FileError(f"{path}: damaged: its recipe names no shape and number of classes")
     if not isinstance(shards, list) or not shards or not all(map(is_entry, shards)):
-        raise FileError(f"{path}: damaged: its list of shards is not one of files in this folder, their pairs and sha256")
+        raise FileError(
+            f"{path}: damaged: its list of shards is not one of files in this folder, their pairs and sha256"
+        )
     return m
+
 
 def is_entry(s) -> bool:
     "Does a manifest's entry name a shard of its own folder?"
     if not isinstance(s, dict) or not isinstance(s.get("file"), str) or not isinstance(s.get("sha256"), str):
         return False
-    return re.fullmatch(r"[\w-]+\.safetensors", s["file"]) is not None and type(s.get("pairs")) is int and s["pairs"] > 0
+    return (
+        re.fullmatch(r"[\w-]+\.safetensors", s["file"]) is not None and type(s.get("pairs")) is int and s["pairs"] > 0
+    )
 
-def verify_pairs(folder, afresh: bool = False) -> list:  # hash again what was checked before? -> messages, one per shard that is wrong; raises FileError
-    "Check every shard of a folder against the manifest."
+
+def verify_pairs(folder, afresh: bool = False) -> list:
+    """Check every shard of a folder against the manifest.
+
+    Args:
+        folder, afresh: hash again what was checked before?
+
+    Returns:
+        messages, one per shard that is wrong
+
+    Raises:
+        FileError:
+    """
     folder, wrong = Path(folder), []
     with remembered(folder, afresh) as known:
         for s in read_manifest(folder)["shards"]:
             path = folder / s["file"]
-            if not path.is_file(): wrong.append(f"{path}: missing; make the pairs again, finished shards are kept")
+            if not path.is_file():
+                wrong.append(f"{path}: missing; make the pairs again, finished shards are kept")
             elif shard_digest(path, known) != s["sha256"]:
                 wrong.append(f"{path}: damaged: its sha256 is not the manifest's; delete it and make the pairs again")
-                del known[path.name]       # only what is good is remembered
+                del known[path.name]  # only what is good is remembered
     return wrong
 
 # %% ../nbs/13_pairs.ipynb #9e5af1ee
 class PairDataset:
     "Pairs of a folder, by index; `batch` takes many at once."
-    def __init__(self, folder, verify: bool = True):  # check shards that have not been checked; raises FileError
+
+    def __init__(self, folder, verify: bool = True):
+        """
+        Args:
+            self, folder, verify: check shards that have not been checked
+
+        Raises:
+            FileError:
+        """
         self.folder, self.manifest = Path(folder), read_manifest(folder)
         self.shape, self.num_classes = tuple(self.manifest["recipe"]["shape"]), self.manifest["recipe"]["num_classes"]
         wrong = verify_pairs(folder) if verify else []
-        if wrong: raise FileError(wrong[0] + (f" ({len(wrong)} shards are wrong)" if len(wrong) > 1 else ""))
+        if wrong:
+            raise FileError(wrong[0] + (f" ({len(wrong)} shards are wrong)" if len(wrong) > 1 else ""))
         self.ends = np.cumsum([s["pairs"] for s in self.manifest["shards"]])
         files = [self.folder / s["file"] for s in self.manifest["shards"]]
         self.shard = lru_cache(maxsize=OPEN)(lambda s: Shard(files[s]))
 
-    def __len__(self): return int(self.ends[-1])
-    def __getitem__(self, i): return {k: v[0] for k, v in self.batch([i]).items()}
+    def __len__(self):
+        return int(self.ends[-1])
 
-    def batch(self, index):  # int (B,); raises IndexError -> dict of tensors: noise, image (B, C, H, W) as stored (ours: float32), label, seed int64 (B,)
+    def __getitem__(self, i):
+        return {k: v[0] for k, v in self.batch([i]).items()}
+
+    def batch(self, index):
+        """
+        Args:
+            self, index: int (B,); raises IndexError
+
+        Returns:
+            dict of tensors: noise, image (B, C, H, W) as stored (ours: float32), label, seed int64 (B,)
+        """
         index = np.asarray(index)
         index = np.where(index < 0, index + len(self), index)
         if ((index < 0) | (index >= len(self))).any():
             raise IndexError(f"pair {index.min()} or {index.max()} is outside of 0..{len(self) - 1}")
         of = np.searchsorted(self.ends, index, side="right")
-        kinds = {"noise": (np.float32, self.shape)} | {k: (dtype, shape[1:]) for k, (_, dtype, shape) in self.shard(0).tensors.items()}
+        kinds = {"noise": (np.float32, self.shape)} | {
+            k: (dtype, shape[1:]) for k, (_, dtype, shape) in self.shard(0).tensors.items()
+        }
         out = {k: np.empty((len(index), *shape), dtype) for k, (dtype, shape) in kinds.items()}
         for s in np.unique(of):
             at, shard = np.flatnonzero(of == s), self.shard(int(s))
@@ -304,34 +518,66 @@ class PairDataset:
         return {k: torch.from_numpy(v) for k, v in out.items()}
 
 # %% ../nbs/13_pairs.ipynb #3f9cb489
-def pairs_info(folder) -> dict:  # raises FileError
-    "What a folder of pairs holds, in a few numbers."
+def pairs_info(folder) -> dict:
+    """What a folder of pairs holds, in a few numbers.
+
+    Raises:
+        FileError:
+    """
     m, folder = read_manifest(folder), Path(folder)
     files = [folder / s["file"] for s in m["shards"]]
     size = sum(f.stat().st_size for f in files if f.is_file())
-    return dict(folder=str(folder), pairs=sum(s["pairs"] for s in m["shards"]), shards=len(files), missing=sum(not f.is_file() for f in files), bytes=size,
-                evaluations_per_pair=m.get("evaluations_per_pair"), recipe=m["recipe"])
+    return dict(
+        folder=str(folder),
+        pairs=sum(s["pairs"] for s in m["shards"]),
+        shards=len(files),
+        missing=sum(not f.is_file() for f in files),
+        bytes=size,
+        evaluations_per_pair=m.get("evaluations_per_pair"),
+        recipe=m["recipe"],
+    )
 
-def merge_pairs(folders,   # of pairs, at least one
-                target,    # a folder that does not exist, or is empty
-               ) -> dict:  # the manifest; raises FileError
-    "Gather the shards of several folders in one."
+
+def merge_pairs(
+    folders,
+    target,
+) -> dict:
+    """Gather the shards of several folders in one.
+
+    Args:
+        folders: of pairs, at least one
+        target: a folder that does not exist, or is empty
+
+    Returns:
+        the manifest
+
+    Raises:
+        FileError:
+    """
     target, parts = Path(target), [(Path(f), read_manifest(f)) for f in folders]
     if target.exists() and any(target.iterdir()):
         raise FileError(f"{target}: not empty; name a new folder to merge into")
     first, free = parts[0][1], ("n", "first_seed", "shard_size")
     for f, m in parts:
-        made = [{k: r.get(k, getattr(PairsConfig, k, None)) for k in first["recipe"] | m["recipe"] if k not in free} for r in (first["recipe"], m["recipe"])]
+        made = [
+            {k: r.get(k, getattr(PairsConfig, k, None)) for k in first["recipe"] | m["recipe"] if k not in free}
+            for r in (first["recipe"], m["recipe"])
+        ]
         if differs := [k for k in made[0] if made[0][k] != made[1][k]]:
-            raise FileError(f"{f}: made with {differs[0]} = {made[1][differs[0]]!r}, {parts[0][0]} with {made[0][differs[0]]!r}: pairs of different recipes are not merged")
+            raise FileError(
+                f"{f}: made with {differs[0]} = {made[1][differs[0]]!r}, {parts[0][0]} with {made[0][differs[0]]!r}: pairs of different recipes are not merged"
+            )
         if any("first_seed" not in s for s in m["shards"]):
             raise FileError(f"{f}: imported pairs have no seeds; they are not merged")
-        if wrong := verify_pairs(f): raise FileError(wrong[0])
+        if wrong := verify_pairs(f):
+            raise FileError(wrong[0])
     shards = sorted(((s["first_seed"], s, f) for f, m in parts for s in m["shards"]), key=lambda x: x[0])
     for (a, s, f), (b, _, g) in zip(shards, shards[1:]):
-        if a + s["pairs"] > b: raise FileError(f"{g}: seed {b} is in {f} too: merge folders of different seeds")
+        if a + s["pairs"] > b:
+            raise FileError(f"{g}: seed {b} is in {f} too: merge folders of different seeds")
     entries = [dict(s, file=f"pairs-{i:05d}.safetensors") for i, (_, s, _) in enumerate(shards)]
-    for entry, (_, s, f) in zip(entries, shards): link_or_copy(f / s["file"], target / entry["file"])
+    for entry, (_, s, f) in zip(entries, shards):
+        link_or_copy(f / s["file"], target / entry["file"])
     recipe = first["recipe"] | dict(n=sum(s["pairs"] for s in entries), first_seed=entries[0]["first_seed"])
     manifest = dict(first, recipe=recipe, shards=entries, merged=[m["recipe"]["n"] for _, m in parts])
     write_json(target / "manifest.json", manifest)
@@ -341,6 +587,8 @@ def merge_pairs(folders,   # of pairs, at least one
 def link_or_copy(source: Path, target: Path):
     "The same file under another name, or a copy of it on another file system."
     target.parent.mkdir(parents=True, exist_ok=True)
-    try: os.link(source, target)
+    try:
+        os.link(source, target)
     except OSError:
-        with atomic_path(target) as tmp: shutil.copyfile(source, tmp)
+        with atomic_path(target) as tmp:
+            shutil.copyfile(source, tmp)

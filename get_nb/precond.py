@@ -11,41 +11,77 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../nbs/10_precond.ipynb #46235e6e
-def edm_coefficients(sigma,              # noise level, tensor of any shape
-                     sigma_data: float,  # standard deviation of the data
-                    ):                   # c_skip, c_out, c_in, c_noise, each like sigma
-    "The preconditioning of EDM, table 1, last column."
+def edm_coefficients(
+    sigma,
+    sigma_data: float,
+):
+    """The preconditioning of EDM, table 1, last column.
+
+    Args:
+        sigma: noise level, tensor of any shape
+        sigma_data: standard deviation of the data
+
+    Returns:
+        c_skip, c_out, c_in, c_noise, each like sigma
+    """
     total = sigma**2 + sigma_data**2
     return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
 
 # %% ../nbs/10_precond.ipynb #d0a2fd34
-def one_hot(labels,            # int64 (B,), -1 for "no class"; or None
-            num_classes: int,  # length of the vector; 0 for an unconditional network
-            batch: int,        # B
-            device,            # where
-           ):                  # float32 (B, num_classes), or None when num_classes is 0; raises ValueError
-    "Class vectors; the zero vector for no class."
+def one_hot(
+    labels,
+    num_classes: int,
+    batch: int,
+    device,
+):
+    """Class vectors; the zero vector for no class.
+
+    Args:
+        labels: int64 (B,), -1 for "no class"; or None
+        num_classes: length of the vector; 0 for an unconditional network
+        batch: B
+        device: where
+
+    Returns:
+        float32 (B, num_classes), or None when num_classes is 0
+
+    Raises:
+        ValueError:
+    """
     if num_classes == 0:
-        if labels is not None and bool((labels >= 0).any()): raise ValueError("labels given to an unconditional network; pass None, or build it with num_classes")
+        if labels is not None and bool((labels >= 0).any()):
+            raise ValueError("labels given to an unconditional network; pass None, or build it with num_classes")
         return None
-    if labels is None: return torch.zeros(batch, num_classes, device=device)
-    if labels.dtype != torch.int64 or labels.shape != (batch,): raise ValueError(f"labels must be int64 of shape ({batch},), not {labels.dtype} {tuple(labels.shape)}")
-    if int(labels.max()) >= num_classes or int(labels.min()) < -1: raise ValueError(f"labels must lie in -1..{num_classes - 1}, found {int(labels.min())}..{int(labels.max())}")
+    if labels is None:
+        return torch.zeros(batch, num_classes, device=device)
+    if labels.dtype != torch.int64 or labels.shape != (batch,):
+        raise ValueError(f"labels must be int64 of shape ({batch},), not {labels.dtype} {tuple(labels.shape)}")
+    if int(labels.max()) >= num_classes or int(labels.min()) < -1:
+        raise ValueError(f"labels must lie in -1..{num_classes - 1}, found {int(labels.min())}..{int(labels.max())}")
     return F.one_hot(labels.clamp(min=0), num_classes).float() * (labels >= 0)[:, None]
 
 # %% ../nbs/10_precond.ipynb #f9e68d22
 class EDMPrecond(nn.Module):
     "A network F made into a denoiser D(x; sigma): EDM, eq. 7. Released state dicts fit `model.*`."
-    def __init__(self, model,               # network F(c_in x, c_noise, class vectors, augment labels)
-                 sigma_data: float = .5,    # standard deviation of the data
-                 num_classes: int = 0):     # 0: unconditional
+
+    def __init__(self, model, sigma_data: float = 0.5, num_classes: int = 0):
+        """
+        Args:
+            self, model: network F(c_in x, c_noise, class vectors, augment labels)
+            sigma_data: standard deviation of the data
+            num_classes: 0: unconditional
+        """
         super().__init__()
         self.model, self.sigma_data, self.num_classes = model, sigma_data, num_classes
 
-    def forward(self, x,            # float (B, C, H, W): image plus noise
-                sigma,              # scalar or (B,): noise level, > 0
-                labels=None,        # int64 (B,) or None
-                augment=None):      # float (B, augment_dim) or None
+    def forward(self, x, sigma, labels=None, augment=None):
+        """
+        Args:
+            self, x: float (B, C, H, W): image plus noise
+            sigma: scalar or (B,): noise level, > 0
+            labels: int64 (B,) or None
+            augment: float (B, augment_dim) or None
+        """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
@@ -54,16 +90,30 @@ class EDMPrecond(nn.Module):
         return c_skip * x + c_out * F_x.float()
 
 # %% ../nbs/10_precond.ipynb #fbba17b6
-def edm_loss(denoiser,           # D(x; sigma)
-             image,              # clean images (B, C, H, W)
-             labels,             # int64 (B,) or None
-             noise,              # standard Gaussian, like image
-             normal,             # standard Gaussian (B,): decides the noise levels
-             p_mean: float,      # mean of ln sigma: -1.2 for CIFAR-10
-             p_std: float,       # its standard deviation: 1.2
-            ):                   # scalar
-    "EDM's denoising loss, mean over batch and pixels; random draws come from the caller."
+def edm_loss(
+    denoiser,
+    image,
+    labels,
+    noise,
+    normal,
+    p_mean: float,
+    p_std: float,
+):
+    """EDM's denoising loss, mean over batch and pixels; random draws come from the caller.
+
+    Args:
+        denoiser: D(x; sigma)
+        image: clean images (B, C, H, W)
+        labels: int64 (B,) or None
+        noise: standard Gaussian, like image
+        normal: standard Gaussian (B,): decides the noise levels
+        p_mean: mean of ln sigma: -1.2 for CIFAR-10
+        p_std: its standard deviation: 1.2
+
+    Returns:
+        scalar
+    """
     sigma = (normal * p_std + p_mean).exp()
-    weight = (sigma**2 + denoiser.sigma_data**2) / (sigma * denoiser.sigma_data)**2
+    weight = (sigma**2 + denoiser.sigma_data**2) / (sigma * denoiser.sigma_data) ** 2
     D_x = denoiser(image + noise * sigma.view(-1, 1, 1, 1), sigma, labels)
-    return (weight.view(-1, 1, 1, 1) * (D_x - image)**2).mean()
+    return (weight.view(-1, 1, 1, 1) * (D_x - image) ** 2).mean()

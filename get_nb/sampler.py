@@ -10,48 +10,94 @@ import math
 
 import torch
 
-from .core import ConfigError, torch_rng
+from .lab.core import ConfigError, torch_rng
 
 # %% ../nbs/12_sampler.ipynb #51dd97db
-def edm_sigmas(num_steps: int,           # N, at least 1
-               sigma_min: float = .002,  # lowest noise level before 0
-               sigma_max: float = 80.,   # first noise level
-               rho: float = 7.,          # crowding towards sigma_min
-               device=None):             # -> float64 (N + 1,), decreasing, last is 0; raises ConfigError
-    "Noise levels of EDM, eq. 5. One step goes straight from sigma_max to 0."
-    if num_steps < 1: raise ConfigError(f"num_steps = {num_steps}: at least 1")
-    if not 0 < sigma_min < sigma_max: raise ConfigError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, device=None):
+    """Noise levels of EDM, eq. 5. One step goes straight from sigma_max to 0.
+
+    Args:
+        num_steps: N, at least 1
+        sigma_min: lowest noise level before 0
+        sigma_max: first noise level
+        rho: crowding towards sigma_min
+
+    Returns:
+        float64 (N + 1,), decreasing, last is 0
+
+    Raises:
+        ConfigError:
+    """
+    if num_steps < 1:
+        raise ConfigError(f"num_steps = {num_steps}: at least 1")
+    if not 0 < sigma_min < sigma_max:
+        raise ConfigError(f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
     i = torch.arange(num_steps, dtype=torch.float64, device=device) / max(num_steps - 1, 1)
-    sigmas = (sigma_max**(1 / rho) + i * (sigma_min**(1 / rho) - sigma_max**(1 / rho)))**rho
+    sigmas = (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 # %% ../nbs/12_sampler.ipynb #2b23afd5
-def step_slope(denoiser, x, sigma, labels):  # -> (x - D(x; sigma)) / sigma, float64
-    "Slope dx/dsigma of the probability-flow ODE (EDM, eq. 3 with s = 1, sigma(t) = t)."
+def step_slope(denoiser, x, sigma, labels):
+    """Slope dx/dsigma of the probability-flow ODE (EDM, eq. 3 with s = 1, sigma(t) = t).
+
+    Returns:
+        (x - D(x; sigma)) / sigma, float64
+    """
     return (x - denoiser(x.float(), sigma.float(), labels).double()) / sigma
 
 # %% ../nbs/12_sampler.ipynb #86288904
-def churn(x, sigma, i: int, num_steps: int, S_churn: float, S_min: float, S_max: float, S_noise: float, seed: int):  # -> x_hat, t_hat
-    "Add noise to raise the level from sigma to t_hat (EDM, algorithm 2); without churn, nothing happens."
-    gamma = min(S_churn / num_steps, 2**.5 - 1) if S_min <= float(sigma) <= S_max else 0.
-    if not gamma: return x, sigma
+def churn(x, sigma, i: int, num_steps: int, S_churn: float, S_min: float, S_max: float, S_noise: float, seed: int):
+    """Add noise to raise the level from sigma to t_hat (EDM, algorithm 2); without churn, nothing happens.
+
+    Returns:
+        x_hat, t_hat
+    """
+    gamma = min(S_churn / num_steps, 2**0.5 - 1) if S_min <= float(sigma) <= S_max else 0.0
+    if not gamma:
+        return x, sigma
     t_hat = sigma * (1 + gamma)
     eps = torch.randn(x.shape, dtype=x.dtype, generator=torch_rng("churn", seed, i)).to(x.device)
     return x + (t_hat**2 - sigma**2).sqrt() * S_noise * eps, t_hat
 
 # %% ../nbs/12_sampler.ipynb #cdf2be67
 @torch.no_grad()
-def heun_sample(denoiser,                 # D(x; sigma, labels)
-                noise,                    # (B, C, H, W), unit Gaussian
-                labels=None,              # int64 (B,) or None
-                *, num_steps: int = 18,   # 2 * num_steps - 1 evaluations
-                sigma_min: float = .002, sigma_max: float = 80., rho: float = 7.,
-                S_churn: float = 0.,      # noise added over all steps; 0: deterministic
-                S_min: float = 0., S_max: float = math.inf,   # noise levels at which it is added
-                S_noise: float = 1.,      # standard deviation of it
-                seed: int = 0):           # of that noise; -> float64, like noise; raises ConfigError
-    "Second-order sampler of EDM: algorithm 1, with churn algorithm 2."
-    if min(S_churn, S_min, S_noise) < 0 or S_min > S_max: raise ConfigError(f"churn: S_churn, S_min, S_noise at least 0 and S_min <= S_max, got {S_churn}, {S_min}, {S_noise}, S_max {S_max}")
+def heun_sample(
+    denoiser,
+    noise,
+    labels=None,
+    *,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    S_churn: float = 0.0,
+    S_min: float = 0.0,
+    S_max: float = math.inf,
+    S_noise: float = 1.0,
+    seed: int = 0,
+):
+    """Second-order sampler of EDM: algorithm 1, with churn algorithm 2.
+
+    Args:
+        denoiser: D(x; sigma, labels)
+        noise: (B, C, H, W), unit Gaussian
+        labels: int64 (B,) or None
+        num_steps: 2 * num_steps - 1 evaluations
+        S_churn: noise added over all steps; 0: deterministic
+        S_min, S_max: noise levels at which it is added
+        S_noise: standard deviation of it
+        seed: of that noise
+
+    Returns:
+        float64, like noise
+
+    Raises:
+        ConfigError:
+    """
+    if min(S_churn, S_min, S_noise) < 0 or S_min > S_max:
+        raise ConfigError(
+            f"churn: S_churn, S_min, S_noise at least 0 and S_min <= S_max, got {S_churn}, {S_min}, {S_noise}, S_max {S_max}"
+        )
     sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, noise.device)
     x = noise.double() * sigmas[0]
     for i, (cur, nxt) in enumerate(zip(sigmas[:-1], sigmas[1:])):
@@ -65,16 +111,30 @@ def heun_sample(denoiser,                 # D(x; sigma, labels)
 
 # %% ../nbs/12_sampler.ipynb #e11d8408
 @torch.no_grad()
-def euler_sample(denoiser, noise, labels=None, *, num_steps: int = 18,
-                 sigma_min: float = .002, sigma_max: float = 80., rho: float = 7.):  # -> float64, like noise
-    "First-order sampler: `num_steps` evaluations; the arguments are `heun_sample`'s."
+def euler_sample(
+    denoiser,
+    noise,
+    labels=None,
+    *,
+    num_steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+):
+    """First-order sampler: `num_steps` evaluations; the arguments are `heun_sample`'s.
+
+    Returns:
+        float64, like noise
+    """
     sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, noise.device)
     x = noise.double() * sigmas[0]
-    for cur, nxt in zip(sigmas[:-1], sigmas[1:]): x = x + (nxt - cur) * step_slope(denoiser, x, cur, labels)
+    for cur, nxt in zip(sigmas[:-1], sigmas[1:]):
+        x = x + (nxt - cur) * step_slope(denoiser, x, cur, labels)
     return x
 
 # %% ../nbs/12_sampler.ipynb #20bf4e01
 SAMPLERS = dict(heun=heun_sample, euler=euler_sample)
+
 
 def num_evaluations(num_steps: int, sampler: str = "heun") -> int:
     "Network evaluations per image: 2N - 1 for Heun (the last step is an Euler step), N for Euler."

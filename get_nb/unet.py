@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RELEASED', 'TEACHERS', 'outer_filter', 'resample', 'scaled_init', 'Conv', 'PositionalEmbedding', 'FourierEmbedding',
-           'group_norm', 'Block', 'UNetConfig', 'encoder', 'decoder', 'UNet', 'create_teacher', 'DiffusersPrecond',
+           'group_norm', 'Block', 'UNetConfig', 'encoder', 'decoder', 'UNet', 'build_teacher', 'DiffusersPrecond',
            'create_diffusers_teacher', 'load_diffusers']
 
 # %% ../nbs/11_unet.ipynb #a0a56b59
-import json, math
+import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
@@ -18,43 +19,70 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from torch.nn import functional as F
 
-from .core import ConfigError, Fraction, Ints, build_config, config, nearest
-from .files import FileError
+from .lab.core import ConfigError, Fraction, Ints, build_config, config, nearest
+from .lab.core import FileError
 from .precond import EDMPrecond
 
 # %% ../nbs/11_unet.ipynb #ceb70ba5
-def outer_filter(taps: Ints):  # -> float (1, 1, n, n), sums to 1
-    "Separable resampling filter from its taps."
-    f = torch.tensor(taps, dtype=torch.float32)
-    return torch.outer(f, f)[None, None] / f.sum()**2
+def outer_filter(taps: Ints):
+    """Separable resampling filter from its taps.
 
-def resample(x, f, up: bool, pad: int = None):  # (B, C, H, W) -> (B, C, 2H, 2W) or (B, C, H/2, W/2)
-    "Double or halve the resolution with filter f. The box filter is average pooling and its transpose repetition: the same numbers, sooner."
-    if f.shape[-1] == 2 and not pad: return F.interpolate(x, scale_factor=2.) if up else F.avg_pool2d(x, 2)
+    Returns:
+        float (1, 1, n, n), sums to 1
+    """
+    f = torch.tensor(taps, dtype=torch.float32)
+    return torch.outer(f, f)[None, None] / f.sum() ** 2
+
+
+def resample(x, f, up: bool, pad: int = None):
+    """Double or halve the resolution with filter f. The box filter is average pooling and its transpose repetition: the same numbers, sooner.
+
+    Args:
+        x, f, up, pad: (B, C, H, W)
+
+    Returns:
+        (B, C, 2H, 2W) or (B, C, H/2, W/2)
+    """
+    if f.shape[-1] == 2 and not pad:
+        return F.interpolate(x, scale_factor=2.0) if up else F.avg_pool2d(x, 2)
     C, pad = x.shape[1], (f.shape[-1] - 1) // 2 if pad is None else pad
     f = f.to(x.dtype).expand(C, 1, -1, -1)
-    return F.conv_transpose2d(x, 4 * f, stride=2, padding=pad, groups=C) if up else F.conv2d(x, f, stride=2, padding=pad, groups=C)
+    return (
+        F.conv_transpose2d(x, 4 * f, stride=2, padding=pad, groups=C)
+        if up
+        else F.conv2d(x, f, stride=2, padding=pad, groups=C)
+    )
 
 # %% ../nbs/11_unet.ipynb #5db3abeb
-def scaled_init(module, gain: float = 1.):  # -> module
-    "Xavier-uniform weight times `gain`, zero bias (score SDE, as used by EDM)."
+def scaled_init(module, gain: float = 1.0):
+    """Xavier-uniform weight times `gain`, zero bias (score SDE, as used by EDM).
+
+    Returns:
+        module
+    """
     nn.init.xavier_uniform_(module.weight)
-    with torch.no_grad(): module.weight.mul_(gain)
-    if module.bias is not None: nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        module.weight.mul_(gain)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
     return module
 
 # %% ../nbs/11_unet.ipynb #c8b9e5b6
 class Conv(nn.Conv2d):
     "Convolution that may double or halve the resolution before it, or halve it after (`fused`)."
-    def __init__(self, cin, cout, k, mode: str = "", taps=(1, 1), gain: float = 1.):
+
+    def __init__(self, cin, cout, k, mode: str = "", taps=(1, 1), gain: float = 1.0):
         super().__init__(cin, cout, k, padding=k // 2)
         self.mode = mode
-        if mode: self.register_buffer("resample_filter", outer_filter(taps))
+        if mode:
+            self.register_buffer("resample_filter", outer_filter(taps))
         scaled_init(self, gain)
 
     def forward(self, x):
-        if self.mode in ("up", "down"): x = resample(x, self.resample_filter, self.mode == "up")
-        if self.mode != "fused": return super().forward(x)
+        if self.mode in ("up", "down"):
+            x = resample(x, self.resample_filter, self.mode == "up")
+        if self.mode != "fused":
+            return super().forward(x)
         pad = self.padding[0] + (self.resample_filter.shape[-1] - 1) // 2
         x = resample(F.conv2d(x, self.weight, padding=pad), self.resample_filter, False, pad=0)
         return x + self.bias.view(1, -1, 1, 1)
@@ -62,15 +90,24 @@ class Conv(nn.Conv2d):
 # %% ../nbs/11_unet.ipynb #bad1c86c
 class PositionalEmbedding(nn.Module):
     "DDPM++: sines and cosines at geometric frequencies from 1 to 1/10000. (B,) -> (B, n)"
-    def __init__(self, n): super().__init__(); self.n = n
+
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
     def forward(self, c):
         i = torch.arange(self.n // 2, device=c.device, dtype=torch.float32)
         x = torch.outer(c.float(), 1e-4 ** (i / (self.n // 2 - 1)))
         return torch.cat([x.sin(), x.cos()], 1)
 
+
 class FourierEmbedding(nn.Module):
     "NCSN++: sines and cosines at random Gaussian frequencies, kept in the buffer `freqs`. (B,) -> (B, n)"
-    def __init__(self, n): super().__init__(); self.register_buffer("freqs", torch.randn(n // 2) * 16)
+
+    def __init__(self, n):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(n // 2) * 16)
+
     def forward(self, c):
         x = torch.outer(c.float(), 2 * math.pi * self.freqs)
         return torch.cat([x.sin(), x.cos()], 1)
@@ -80,52 +117,77 @@ def group_norm(channels: int):
     "GroupNorm with at least 4 channels per group and at most 32 groups."
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
+
 class Block(nn.Module):
     "Residual block of DDPM++ and NCSN++; (B, cin, H, W), (B, emb) -> (B, cout, H', W')"
-    def __init__(self, cin, cout, emb, mode="", taps=(1, 1), attention=False, dropout=0.):
+
+    def __init__(self, cin, cout, emb, mode="", taps=(1, 1), attention=False, dropout=0.0):
         super().__init__()
         self.norm0, self.conv0 = group_norm(cin), Conv(cin, cout, 3, mode, taps)
         self.affine = scaled_init(nn.Linear(emb, cout))
         self.norm1, self.conv1 = group_norm(cout), Conv(cout, cout, 3, gain=1e-5)
         self.skip = Conv(cin, cout, 1, mode, taps) if cin != cout or mode else nn.Identity()
         self.dropout, self.attention = dropout, attention
-        if attention: self.norm2, self.qkv, self.proj = group_norm(cout), Conv(cout, 3 * cout, 1, gain=.2**.5), Conv(cout, cout, 1, gain=1e-5)
+        if attention:
+            self.norm2, self.qkv, self.proj = (
+                group_norm(cout),
+                Conv(cout, 3 * cout, 1, gain=0.2**0.5),
+                Conv(cout, cout, 1, gain=1e-5),
+            )
 
     def forward(self, x, emb):
         h = self.conv0(F.silu(self.norm0(x))) + self.affine(emb)[:, :, None, None]
         h = self.conv1(F.dropout(F.silu(self.norm1(h)), self.dropout, self.training))
-        x = (h + self.skip(x)) * .5**.5
-        return (x + self.proj(self.attend(self.norm2(x)))) * .5**.5 if self.attention else x
+        x = (h + self.skip(x)) * 0.5**0.5
+        return (x + self.proj(self.attend(self.norm2(x)))) * 0.5**0.5 if self.attention else x
 
     def attend(self, x):
-        q, k, v = self.qkv(x).flatten(2).unflatten(1, (-1, 3)).unbind(2)   # channels are laid out (C, 3)
-        w = torch.einsum("bcq,bck->bqk", q.float(), k.float() / q.shape[1]**.5).softmax(2)
+        q, k, v = self.qkv(x).flatten(2).unflatten(1, (-1, 3)).unbind(2)  # channels are laid out (C, 3)
+        w = torch.einsum("bcq,bck->bqk", q.float(), k.float() / q.shape[1] ** 0.5).softmax(2)
         return torch.einsum("bqk,bck->bcq", w.to(v.dtype), v).reshape(x.shape)
 
 # %% ../nbs/11_unet.ipynb #99451ec9
 @config
 class UNetConfig:
-    "Size and kind of a teacher's network."
-    base: PositiveInt = 128                            # channels of the first convolution
-    mult: Ints = (2, 2, 2)                             # channel multiplier per level
-    blocks: PositiveInt = 4                            # residual blocks per level
-    attention: Ints = (16,)                            # resolutions with attention
-    dropout: Fraction = .13                            # in every block, training only
-    variant: Literal["ddpmpp", "ncsnpp"] = "ddpmpp"    # EDM calls them "vp" and "ve"
-    augment_dim: int = 0                               # length of the augmentation label; released networks have 9
-    sigma_data: PositiveFloat = .5                     # standard deviation of the data
+    """Size and kind of a teacher's network.
+
+    Attributes:
+        base: channels of the first convolution
+        mult: channel multiplier per level
+        blocks: residual blocks per level
+        attention: resolutions with attention
+        dropout: in every block, training only
+        variant: EDM calls them "vp" and "ve"
+        augment_dim: length of the augmentation label; released networks have 9
+        sigma_data: standard deviation of the data
+    """
+
+    base: PositiveInt = 128
+    mult: Ints = (2, 2, 2)
+    blocks: PositiveInt = 4
+    attention: Ints = (16,)
+    dropout: Fraction = 0.13
+    variant: Literal["ddpmpp", "ncsnpp"] = "ddpmpp"
+    augment_dim: int = 0
+    sigma_data: PositiveFloat = 0.5
 
 # %% ../nbs/11_unet.ipynb #d8c7c5f9
-def encoder(cfg: UNetConfig, size: int, channels: int, block):  # -> ModuleDict, list of skip widths
-    "The downward path, module by module, under the released names."
+def encoder(cfg: UNetConfig, size: int, channels: int, block):
+    """The downward path, module by module, under the released names.
+
+    Returns:
+        ModuleDict, list of skip widths
+    """
     enc, widths, c = nn.ModuleDict(), [], cfg.base
     taps, c_aux = (1, 1) if cfg.variant == "ddpmpp" else (1, 3, 3, 1), channels
     for level, m in enumerate(cfg.mult):
         res = size >> level
-        if level == 0: enc[f"{res}x{res}_conv"] = Conv(channels, c, 3)
+        if level == 0:
+            enc[f"{res}x{res}_conv"] = Conv(channels, c, 3)
         else:
             enc[f"{res}x{res}_down"] = block(c, c, mode="down")
-            if cfg.variant == "ncsnpp": enc[f"{res}x{res}_aux_residual"], c_aux = Conv(c_aux, c, 3, "fused", taps), c
+            if cfg.variant == "ncsnpp":
+                enc[f"{res}x{res}_aux_residual"], c_aux = Conv(c_aux, c, 3, "fused", taps), c
         widths.append(c)
         for i in range(cfg.blocks):
             enc[f"{res}x{res}_block{i}"] = block(c, cfg.base * m, attention=res in cfg.attention)
@@ -133,13 +195,19 @@ def encoder(cfg: UNetConfig, size: int, channels: int, block):  # -> ModuleDict,
     return enc, widths
 
 # %% ../nbs/11_unet.ipynb #e180cd0a
-def decoder(cfg: UNetConfig, size: int, channels: int, widths: list, block):  # -> ModuleDict
-    "The upward path; its numbered blocks take [x, skip], skips in reverse order."
+def decoder(cfg: UNetConfig, size: int, channels: int, widths: list, block):
+    """The upward path; its numbered blocks take [x, skip], skips in reverse order.
+
+    Returns:
+        ModuleDict
+    """
     dec, c = nn.ModuleDict(), widths[-1]
     for level, m in reversed(list(enumerate(cfg.mult))):
         res = size >> level
-        if level == len(cfg.mult) - 1: dec[f"{res}x{res}_in0"], dec[f"{res}x{res}_in1"] = block(c, c, attention=True), block(c, c)
-        else: dec[f"{res}x{res}_up"] = block(c, c, mode="up")
+        if level == len(cfg.mult) - 1:
+            dec[f"{res}x{res}_in0"], dec[f"{res}x{res}_in1"] = block(c, c, attention=True), block(c, c)
+        else:
+            dec[f"{res}x{res}_up"] = block(c, c, mode="up")
         for i in range(cfg.blocks + 1):
             attention = i == cfg.blocks and res in cfg.attention
             dec[f"{res}x{res}_block{i}"] = block(c + widths.pop(), cfg.base * m, attention=attention)
@@ -150,115 +218,235 @@ def decoder(cfg: UNetConfig, size: int, channels: int, widths: list, block):  # 
 # %% ../nbs/11_unet.ipynb #e150bb0b
 class UNet(nn.Module):
     "F(x; c_noise, classes): DDPM++ or NCSN++ of any size, (B, channels, size, size) -> the same shape."
+
     def __init__(self, cfg: UNetConfig, size: int, channels: int, num_classes: int):
         super().__init__()
         wide = 2 if cfg.variant == "ncsnpp" else 1
         emb, n = 4 * cfg.base, wide * cfg.base
         taps = (1, 1) if wide == 1 else (1, 3, 3, 1)
-        def block(cin, cout, mode="", attention=False): return Block(cin, cout, emb, mode, taps, attention, cfg.dropout)
+
+        def block(cin, cout, mode="", attention=False):
+            return Block(cin, cout, emb, mode, taps, attention, cfg.dropout)
+
         self.map_noise = FourierEmbedding(n) if wide == 2 else PositionalEmbedding(n)
-        if num_classes: self.map_label = scaled_init(nn.Linear(num_classes, n))
-        if cfg.augment_dim: self.map_augment = scaled_init(nn.Linear(cfg.augment_dim, n, bias=False))
+        if num_classes:
+            self.map_label = scaled_init(nn.Linear(num_classes, n))
+        if cfg.augment_dim:
+            self.map_augment = scaled_init(nn.Linear(cfg.augment_dim, n, bias=False))
         self.map_layer0, self.map_layer1 = scaled_init(nn.Linear(n, emb)), scaled_init(nn.Linear(emb, emb))
         self.enc, widths = encoder(cfg, size, channels, block)
         self.dec = decoder(cfg, size, channels, widths, block)
 
     def embed(self, c_noise, classes, augment):
         emb = self.map_noise(c_noise)
-        if classes is not None: emb = emb + self.map_label(classes * classes.shape[1]**.5)
-        if augment is not None: emb = emb + self.map_augment(augment)
+        if classes is not None:
+            emb = emb + self.map_label(classes * classes.shape[1] ** 0.5)
+        if augment is not None:
+            emb = emb + self.map_augment(augment)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def forward(self, x, c_noise, classes=None, augment=None):
         emb, skips, aux = self.embed(c_noise, classes, augment), [], x
         for name, module in self.enc.items():
-            if name.endswith("aux_residual"): x = skips[-1] = aux = (x + module(aux)) * .5**.5
-            else: skips.append(x := module(x) if name.endswith("conv") else module(x, emb))
+            if name.endswith("aux_residual"):
+                x = skips[-1] = aux = (x + module(aux)) * 0.5**0.5
+            else:
+                skips.append(x := module(x) if name.endswith("conv") else module(x, emb))
         for name, module in self.dec.items():
-            if name.endswith("aux_norm"): x = F.silu(module(x))
-            elif name.endswith("aux_conv"): x = module(x)
-            else: x = module(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb)
+            if name.endswith("aux_norm"):
+                x = F.silu(module(x))
+            elif name.endswith("aux_conv"):
+                x = module(x)
+            else:
+                x = module(torch.cat([x, skips.pop()], 1) if "_block" in name else x, emb)
         return x
 
 # %% ../nbs/11_unet.ipynb #14996377
 RELEASED = UNetConfig(augment_dim=9)
 TEACHERS = {
-    "unet-digits": UNetConfig(base=32, mult=(1, 1), blocks=1, attention=(4,), dropout=0., sigma_data=.752),
-    "unet-shapes": UNetConfig(base=96, mult=(1, 2), blocks=2, attention=(8,), dropout=.1, sigma_data=.378),
-    **{f"edm-cifar10-32x32-{c}-{v}": replace(RELEASED, variant=n) for c in ("cond", "uncond") for v, n in (("vp", "ddpmpp"), ("ve", "ncsnpp"))},
+    "unet-digits": UNetConfig(base=32, mult=(1, 1), blocks=1, attention=(4,), dropout=0.0, sigma_data=0.752),
+    "unet-shapes": UNetConfig(base=96, mult=(1, 2), blocks=2, attention=(8,), dropout=0.1, sigma_data=0.378),
+    **{
+        f"edm-cifar10-32x32-{c}-{v}": replace(RELEASED, variant=n)
+        for c in ("cond", "uncond")
+        for v, n in (("vp", "ddpmpp"), ("ve", "ncsnpp"))
+    },
 }
 
 # %% ../nbs/11_unet.ipynb #d9b141d1
-def create_teacher(name: str,             # a key of TEACHERS
-                   *, num_classes: int = None,  # 0: unconditional; None: what the name says (released), else 0
-                   image_size: int = 32,  # pixels; divisible by 2 per level
-                   channels: int = 3,     # of the image
-                   **overrides):          # fields of UNetConfig; -> EDMPrecond, raises ConfigError
-    "A denoiser D(x; sigma, labels) with fresh weights."
-    if name not in TEACHERS: raise ConfigError(f"unknown teacher {name!r}{nearest(name, TEACHERS)}")
-    if num_classes is None: num_classes = 10 if "-cond-" in name else 0
+def build_teacher(name: str, *, num_classes: int = None, image_size: int = 32, channels: int = 3, **overrides):
+    """A denoiser D(x; sigma, labels) with fresh weights.
+
+    Args:
+        name: a key of TEACHERS
+        num_classes: 0: unconditional; None: what the name says (released), else 0
+        image_size: pixels; divisible by 2 per level
+        channels: of the image
+        **overrides: fields of UNetConfig
+
+    Returns:
+        EDMPrecond, raises ConfigError
+    """
+    if name not in TEACHERS:
+        raise ConfigError(f"unknown teacher {name!r}{nearest(name, TEACHERS)}")
+    if num_classes is None:
+        num_classes = 10 if "-cond-" in name else 0
     cfg = build_config(UNetConfig, {**asdict(TEACHERS[name]), **overrides}, f"teacher {name}")
-    if image_size % 2**(len(cfg.mult) - 1): raise ConfigError(f"teacher {name}: image_size {image_size} cannot be halved {len(cfg.mult) - 1} times")
-    teacher = EDMPrecond(UNet(cfg, image_size, channels, num_classes), cfg.sigma_data, num_classes).to(memory_format=torch.channels_last)     # faster convolutions, same numbers
-    teacher.config = dict(builder="teacher", name=name, num_classes=num_classes, image_size=image_size, channels=channels, **overrides)
+    if image_size % 2 ** (len(cfg.mult) - 1):
+        raise ConfigError(f"teacher {name}: image_size {image_size} cannot be halved {len(cfg.mult) - 1} times")
+    teacher = EDMPrecond(UNet(cfg, image_size, channels, num_classes), cfg.sigma_data, num_classes).to(
+        memory_format=torch.channels_last
+    )  # faster convolutions, same numbers
+    teacher.config = dict(
+        builder="teacher", name=name, num_classes=num_classes, image_size=image_size, channels=channels, **overrides
+    )
     return teacher
 
 # %% ../nbs/11_unet.ipynb #f7477753
 class DiffusersPrecond(EDMPrecond):
     "A diffusers UNet2DModel made into a denoiser D(x; sigma, labels)."
-    def __init__(self, model, alphas_cumprod, prediction: str, num_classes: int = 0):
-        super().__init__(model, 1., num_classes)
-        self.prediction = prediction
-        self.register_buffer("log_sigmas", ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).log().div(2))     # rising
 
-    def time(self, sigma):  # (B,) -> fractional time step (B,)
-        "Where in the training schedule a noise level lies."
+    def __init__(self, model, alphas_cumprod, prediction: str, num_classes: int = 0):
+        super().__init__(model, 1.0, num_classes)
+        self.prediction = prediction
+        self.register_buffer(
+            "log_sigmas", ((1 - alphas_cumprod.double()) / alphas_cumprod.double()).log().div(2)
+        )  # rising
+
+    def time(self, sigma):
+        """Where in the training schedule a noise level lies.
+
+        Args:
+            self, sigma: (B,)
+
+        Returns:
+            fractional time step (B,)
+        """
         s, log = self.log_sigmas, sigma.double().log()
         i = torch.searchsorted(s, log).clamp(1, len(s) - 1)
         return (i - 1 + (log - s[i - 1]) / (s[i] - s[i - 1])).clamp(0, len(s) - 1).float()
 
     def forward(self, x, sigma, labels=None, augment=None):
-        x = x.float(); sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        if self.num_classes and labels is None: raise ConfigError("this teacher is class-conditional and has no class for 'none': pass labels")
+        x = x.float()
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        if self.num_classes and labels is None:
+            raise ConfigError("this teacher is class-conditional and has no class for 'none': pass labels")
         scale = (1 + sigma**2).sqrt()
-        F_x = self.model(x / scale, self.time(sigma.flatten()).expand(len(x)), labels if self.num_classes else None).sample
-        if self.prediction == "sample": return F_x
+        F_x = self.model(
+            x / scale, self.time(sigma.flatten()).expand(len(x)), labels if self.num_classes else None
+        ).sample
+        if self.prediction == "sample":
+            return F_x
         return x - sigma * F_x if self.prediction == "epsilon" else x / scale**2 - sigma / scale * F_x
 
 # %% ../nbs/11_unet.ipynb #47a84c4a
-def create_diffusers_teacher(name: str = "diffusers",
-                             *, unet: dict,         # configuration of a UNet2DModel
-                             scheduler: dict,       # configuration of its training schedule
-                             num_classes: int = 0, image_size: int, channels: int):  # -> DiffusersPrecond; raises ConfigError
-    "A denoiser around a diffusers UNet2DModel with fresh weights."
-    try: from diffusers import DDPMScheduler, UNet2DModel
-    except ImportError: raise ConfigError("a teacher from diffusers needs that library: pip install 'get_nb[diffusers]'") from None
+def create_diffusers_teacher(
+    name: str = "diffusers", *, unet: dict, scheduler: dict, num_classes: int = 0, image_size: int, channels: int
+):
+    """A denoiser around a diffusers UNet2DModel with fresh weights.
+
+    Args:
+        unet: configuration of a UNet2DModel
+        scheduler: configuration of its training schedule
+
+    Returns:
+        DiffusersPrecond
+
+    Raises:
+        ConfigError:
+    """
+    try:
+        from diffusers import DDPMScheduler, UNet2DModel
+    except ImportError:
+        raise ConfigError("a teacher from diffusers needs that library: pip install 'get_nb[diffusers]'") from None
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    schedule, prediction = DDPMScheduler(**{k: scheduler[k] for k in keys if k in scheduler}), scheduler.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction", "sample"): raise ConfigError(f"scheduler: prediction_type {prediction!r}{nearest(prediction, ['epsilon', 'v_prediction', 'sample'])}")
-    if schedule.alphas_cumprod[-1] <= 0: raise ConfigError("scheduler: its last step is pure noise (zero SNR), which has no finite noise level")
-    teacher = DiffusersPrecond(UNet2DModel(**{k: v for k, v in unet.items() if not k.startswith("_")}), schedule.alphas_cumprod, prediction, num_classes)
-    teacher.config = dict(builder="diffusers", name=name, unet=unet, scheduler=scheduler, num_classes=num_classes, image_size=image_size, channels=channels)
+    schedule, prediction = (
+        DDPMScheduler(**{k: scheduler[k] for k in keys if k in scheduler}),
+        scheduler.get("prediction_type", "epsilon"),
+    )
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ConfigError(
+            f"scheduler: prediction_type {prediction!r}{nearest(prediction, ['epsilon', 'v_prediction', 'sample'])}"
+        )
+    if schedule.alphas_cumprod[-1] <= 0:
+        raise ConfigError("scheduler: its last step is pure noise (zero SNR), which has no finite noise level")
+    teacher = DiffusersPrecond(
+        UNet2DModel(**{k: v for k, v in unet.items() if not k.startswith("_")}),
+        schedule.alphas_cumprod,
+        prediction,
+        num_classes,
+    )
+    teacher.config = dict(
+        builder="diffusers",
+        name=name,
+        unet=unet,
+        scheduler=scheduler,
+        num_classes=num_classes,
+        image_size=image_size,
+        channels=channels,
+    )
     return teacher
 
 # %% ../nbs/11_unet.ipynb #138b39f2
-def load_diffusers(folder):  # -> denoiser in eval mode; raises FileError, ConfigError
-    "A teacher from a saved diffusers pipeline: unet/ with safetensors weights, scheduler/. No class that the folder names is looked up."
+def load_diffusers(folder):
+    """A teacher from a saved diffusers pipeline: unet/ with safetensors weights, scheduler/. No class that the folder names is looked up.
+
+    Returns:
+        denoiser in eval mode
+
+    Raises:
+        FileError:
+        ConfigError:
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
     folder, config = Path(folder), {}
     for part, file in (("unet", "config.json"), ("scheduler", "scheduler_config.json")):
         path = next((p for p in (folder / part / file, folder / file) if p.is_file()), None)
-        if path is None: raise FileError(f"{folder}: not a diffusers pipeline: it has no {part}/{file}")
-        try: config[part] = json.loads(path.read_text()); config[part].items()
-        except (ValueError, AttributeError) as e: raise FileError(f"{path}: not a json object ({e})") from None
-    u = config["unet"]; kind, weights = u.get("_class_name"), next((p for p in (folder / "unet/diffusion_pytorch_model.safetensors", folder / "diffusion_pytorch_model.safetensors") if p.is_file()), None)
-    if kind != "UNet2DModel": raise FileError(f"{folder}: its network is {kind!r}; only UNet2DModel is supported")
-    if weights is None: raise FileError(f"{folder}: has no diffusion_pytorch_model.safetensors; other weight files are pickles: save it again with safe_serialization=True")
+        if path is None:
+            raise FileError(f"{folder}: not a diffusers pipeline: it has no {part}/{file}")
+        try:
+            config[part] = json.loads(path.read_text())
+            config[part].items()
+        except (ValueError, AttributeError) as e:
+            raise FileError(f"{path}: not a json object ({e})") from None
+    u = config["unet"]
+    kind, weights = (
+        u.get("_class_name"),
+        next(
+            (
+                p
+                for p in (
+                    folder / "unet/diffusion_pytorch_model.safetensors",
+                    folder / "diffusion_pytorch_model.safetensors",
+                )
+                if p.is_file()
+            ),
+            None,
+        ),
+    )
+    if kind != "UNet2DModel":
+        raise FileError(f"{folder}: its network is {kind!r}; only UNet2DModel is supported")
+    if weights is None:
+        raise FileError(
+            f"{folder}: has no diffusion_pytorch_model.safetensors; other weight files are pickles: save it again with safe_serialization=True"
+        )
     try:
-        teacher = create_diffusers_teacher(unet=u, scheduler=config["scheduler"], num_classes=u.get("num_class_embeds") or 0, image_size=u["sample_size"], channels=u["in_channels"])
+        teacher = create_diffusers_teacher(
+            unet=u,
+            scheduler=config["scheduler"],
+            num_classes=u.get("num_class_embeds") or 0,
+            image_size=u["sample_size"],
+            channels=u["in_channels"],
+        )
         missing = teacher.model.load_state_dict(load_file(weights), strict=False)
-    except ConfigError: raise
-    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, OSError) as e: raise FileError(f"{folder}: cannot be used ({' '.join(str(e).split())[:200]})") from None
-    if missing.missing_keys or missing.unexpected_keys: raise FileError(f"{weights}: lacks {missing.missing_keys[:1]} or has surplus {missing.unexpected_keys[:1]}: made for another network")
+    except ConfigError:
+        raise
+    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, OSError) as e:
+        raise FileError(f"{folder}: cannot be used ({' '.join(str(e).split())[:200]})") from None
+    if missing.missing_keys or missing.unexpected_keys:
+        raise FileError(
+            f"{weights}: lacks {missing.missing_keys[:1]} or has surplus {missing.unexpected_keys[:1]}: made for another network"
+        )
     return teacher.eval()

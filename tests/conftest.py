@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMAND = [sys.executable, "-c", "from get_nb.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from get_nb.lab.cli import main; main()"]
 
 
 def get_nb(*args, **kw):

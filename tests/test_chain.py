@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from conftest import COMMAND, ROOT, get_nb
-from get_nb.pipeline import compare_table
-from get_nb.stages import load_profile, stage_outputs
+from get_nb.lab.pipeline import compare_table
+from get_nb.lab.stages import load_profile, stage_outputs
 
 STAGES = load_profile(ROOT, "smoke")
 

@@ -8,12 +8,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import ROOT
-from get_nb.core import ConfigError, seed_everything, torch_rng
-from get_nb.deq import correction_weights, equilibrium, gate, implicit, supervised, unroll, unroll_constant
-from get_nb.distill import DistillConfig, distill_loss
+from get_nb.lab.core import ConfigError, seed_everything, torch_rng
+from get_nb.gradients import correction_weights, equilibrium, gate, implicit, supervised, unroll, unroll_constant
+from get_nb.distillation import DistillConfig, distill_loss
 from get_nb.jacobian import jacobian_penalty, spectral_radius
 from get_nb.losses import l1
-from get_nb.models import create_model, with_options
+from get_nb.equilibrium_get import with_options
+from get_nb.lab.checkpoints import create_model
 from get_nb.solvers import solve
 
 TINY = dict(num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1)
@@ -146,8 +147,8 @@ def test_a_phantom_gradient_without_a_step_is_refused():
 DDP = """
 import copy, os, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from get_nb.core import torch_rng
-from get_nb.models import create_model
+from get_nb.lab.core import torch_rng
+from get_nb.equilibrium_get import create_model
 dist.init_process_group("gloo"); rank = dist.get_rank()
 class Student(torch.nn.Module):
     def __init__(self, model): super().__init__(); self.model = model
@@ -263,7 +264,7 @@ def test_supervised_iterations_and_weights_refuse_what_means_nothing():
 
 
 def test_a_training_step_with_an_implicit_gradient_can_be_counted():
-    from get_nb.evaluate import training_cost
+    from get_nb.evaluation import training_cost
     model = create_model("GET-digits/2", num_classes=10, state="normalized", gradient="implicit", solver="anderson", n_iter=3, adjoint_iter=2)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=.1)      # as initialised it gives no gradient: nothing to solve
     longer = with_options(model, adjoint_iter=6)

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import toy
-from get_nb.core import ConfigError
-from get_nb.files import FileError, save_tensors
-from get_nb.train import OPERATION, Stopped, TrainConfig, TrainingError, checkpoints, shares
+from get_nb.lab.core import ConfigError
+from get_nb.lab.core import FileError
+from get_nb.lab.files import save_tensors
+from get_nb.lab.train import OPERATION, Stopped, TrainConfig, TrainingError, checkpoints, shares
 
 HERE = Path(__file__).parent
 ENV = dict(os.environ, OMP_NUM_THREADS="1", GET_NB_PROGRESS="off", PYTHONPATH=os.pathsep.join([str(HERE), *filter(None, sys.path)]))
@@ -192,7 +193,7 @@ def test_shares_cover_a_batch_once_in_order():
 def test_the_tensorboard_log_holds_each_point_of_the_curve_once_also_after_a_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from get_nb.launch import Watcher
+    from get_nb.lab.launch import Watcher
     look = lambda ema, step: dict(weight=next(ema.parameters()).norm(), grid=torch.zeros(4, 6, dtype=torch.uint8).numpy())
     with pytest.raises(ZeroDivisionError):
         end, watcher = crash(37), Watcher(look, 10, tmp_path / "pictures", tmp_path / "board")
@@ -219,7 +220,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_pat
 
     def closed(path, mode="r", *args, **kw):
         raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr("get_nb.files.open", closed, raising=False)
+    monkeypatch.setattr("get_nb.lab.files.open", closed, raising=False)
     with pytest.raises(FileError, match="step-00000020.safetensors: cannot be read: Permission denied"):
         toy.fit(tmp_path, steps=20)
     assert sorted(tmp_path.iterdir()) == before

@@ -6,22 +6,24 @@ import pytest
 import torch
 
 from conftest import ROOT, get_nb
-from get_nb.core import ConfigError, seed_everything
-from get_nb.data import load_data
+from get_nb.lab.core import ConfigError, seed_everything
+from get_nb.lab.data import load_data
 from get_nb.discriminator import ClassifierPyramid, Discriminator, DiscriminatorConfig, Head, TimmPyramid
-from get_nb.distill import DistillConfig
-from get_nb.evaluate import cost, family, training_cost
-from get_nb.files import FileError, load_checkpoint, load_tensors, save_checkpoint
+from get_nb.distillation import DistillConfig
+from get_nb.evaluation import cost, family, training_cost
+from get_nb.lab.checkpoints import load_checkpoint
+from get_nb.lab.core import FileError
+from get_nb.lab.files import load_tensors, save_checkpoint
 from get_nb.gdd import GanConfig, freeze_innate, gan_cost, train_gan
 from get_nb.hybrid import refine
 from get_nb.kd import OneStep, copy_denoiser, create_one_step
-from get_nb.metrics import create_classifier
-from get_nb.models import create_model
+from get_nb.lab.metrics import create_classifier
+from get_nb.lab.checkpoints import create_model
 from get_nb.pairs import PairDataset, PairsConfig, generate_pairs
 from get_nb.progressive import ProgressiveConfig, distill_progressively
-from get_nb.stages import load_profile
-from get_nb.train import TrainConfig, TrainingError, checkpoints
-from get_nb.unet import create_teacher
+from get_nb.lab.stages import load_profile
+from get_nb.lab.train import TrainConfig, TrainingError, checkpoints
+from get_nb.lab.checkpoints import create_teacher
 
 SHAPE = dict(num_classes=10, image_size=8, channels=1)
 DIGITS = load_data("digits")

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 import toy
-from get_nb.core import ConfigError, seed_everything, torch_rng
-from get_nb.deq import LiveMemory
-from get_nb.distill import DistillConfig, distill, distill_loss
-from get_nb.evaluate import cost, generate, sample_to_file, training_cost
-from get_nb.fast import Compiled, Fast, Linear, attention
-from get_nb.files import save_checkpoint
-from get_nb.models import create_model, with_options
+from get_nb.lab.core import ConfigError, seed_everything, torch_rng
+from get_nb.lab.counting import LiveMemory
+from get_nb.distillation import DistillConfig, distill, distill_loss
+from get_nb.evaluation import cost, generate, sample_to_file, training_cost
+from get_nb.lab.fast import Compiled, Fast, Linear, attention
+from get_nb.lab.files import save_checkpoint
+from get_nb.equilibrium_get import with_options
+from get_nb.lab.checkpoints import create_model
 from get_nb.precond import EDMPrecond
-from get_nb.train import TrainConfig, checkpoints
-from get_nb.unet import create_teacher
+from get_nb.lab.train import TrainConfig, checkpoints
+from get_nb.lab.checkpoints import create_teacher
 
 SMALL = dict(image_size=8, dim=64, depth=2, heads=4)
 GETS = dict(released={}, last=dict(tol=None, select="last", z0="zero"), normalized=dict(state="normalized"), tolerant=dict(tol=30.))

@@ -22,14 +22,17 @@ import pytest
 import torch
 
 import released
-from get_nb import checkpoints, reader
-from get_nb.checkpoints import import_reference_pairs, load_edm_pickle, load_reference_get
-from get_nb.files import FileError, UnsafeFileError, load_checkpoint, save_tensors
-from get_nb.images import cifar_batch
-from get_nb.models import create_model
+from get_nb.lab import reader
+from get_nb.lab.train import checkpoints
+from get_nb.lab.released import import_reference_pairs, load_edm_pickle, load_reference_get
+from get_nb.lab.checkpoints import load_checkpoint
+from get_nb.lab.core import FileError, UnsafeFileError
+from get_nb.lab.files import save_tensors
+from get_nb.lab.folders import cifar_batch
+from get_nb.lab.checkpoints import create_model
 from get_nb.pairs import PairDataset, merge_pairs, pairs_info, verify_pairs
-from get_nb.reader import read_torch
-from get_nb.unet import create_teacher
+from get_nb.lab.reader import read_torch
+from get_nb.lab.checkpoints import create_teacher
 
 DATA = Path(__file__).parent / "data"
 CANARY = "CANARY"           # replaced by the path of a file that must not appear
@@ -392,7 +395,7 @@ def test_a_checkpoint_of_ours_that_says_nonsense_is_one_line(info, here):
 
 
 def test_source_text_in_a_pickle_is_data(here):
-    from get_nb.reader import read_pickle
+    from get_nb.lab.reader import read_pickle
     source = read_pickle(EDM, "edm")["ema"].args[0]["module_src"].encode()
     program = b"open('C','w')"
     assert len(source) >= len(program) and source in EDM
@@ -460,7 +463,7 @@ def test_flipped_bytes_are_refused_or_read_as_what_they_say(layout, here):
 
 
 def test_reading_never_imports_what_a_file_names(here):
-    code = "import sys; from get_nb.checkpoints import load_edm_pickle\ntry: load_edm_pickle(sys.argv[1])\nexcept Exception as e: print(type(e).__name__)\nprint('antigravity' in sys.modules, 'this' in sys.modules)"
+    code = "import sys; from get_nb.lab.released import load_edm_pickle\ntry: load_edm_pickle(sys.argv[1])\nexcept Exception as e: print(type(e).__name__)\nprint('antigravity' in sys.modules, 'this' in sys.modules)"
     (here / "evil.pkl").write_bytes(pickle.dumps(Calls(importlib.import_module, "antigravity")) )
     done = subprocess.run([sys.executable, "-c", code, str(here / "evil.pkl")], capture_output=True, text=True)
     assert done.stdout.split() == ["UnsafeFileError", "False", "False"], done.stderr

@@ -10,17 +10,19 @@ import torch
 from PIL import Image
 
 import released
-from get_nb import checkpoints
-from get_nb.checkpoints import find_preset, import_file, import_reference_pairs, load_edm_pickle, load_reference_get
-from get_nb.cli import main
-from get_nb.core import ConfigError, seed_everything
-from get_nb.data import load_data
-from get_nb.files import FileError, load_checkpoint
-from get_nb.images import load_cifar10, load_folder
-from get_nb.models import create_model
+from get_nb.lab.train import checkpoints
+from get_nb.lab.released import find_preset, import_file, import_reference_pairs, load_edm_pickle, load_reference_get
+from get_nb.lab.cli import main
+from get_nb.lab.core import ConfigError, seed_everything
+from get_nb.lab.data import load_data
+from get_nb.lab.checkpoints import load_checkpoint
+from get_nb.lab.core import FileError
+from get_nb.lab.folders import load_cifar10, load_folder
+from get_nb.lab.checkpoints import create_model
 from get_nb.pairs import PairDataset, merge_pairs
 from get_nb.sampler import edm_sigmas, heun_sample
-from get_nb.unet import create_teacher, load_diffusers
+from get_nb.lab.checkpoints import create_teacher
+from get_nb.unet import load_diffusers
 from test_parity import STATE, shapes_in
 
 
@@ -40,7 +42,7 @@ def test_twenty_thousand_released_pairs_round_trip_exactly(classes, dtype, zippe
 
 MEASURE = """
 import sys
-from get_nb.checkpoints import import_reference_pairs
+from get_nb.lab.released import import_reference_pairs
 def high(): return int(next(x.split()[1] for x in open("/proc/self/status") if x.startswith("VmHWM"))) / 1024
 before = high(); import_reference_pairs(sys.argv[1], sys.argv[2], shard_size=100); print(before, high())
 """

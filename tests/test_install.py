@@ -29,7 +29,7 @@ def test_the_wheel_imports_without_any_development_package(tmp_path):
     with zipfile.ZipFile(wheel) as z:
         z.extractall(tmp_path / "site")
         entry = next(n for n in z.namelist() if n.endswith("entry_points.txt"))
-        assert "get-nb = get_nb.cli:main" in z.read(entry).decode().replace("get-nb=get", "get-nb = get")
+        assert "get-nb = get_nb.lab.cli:main" in z.read(entry).decode().replace("get-nb=get", "get-nb = get")
     done = subprocess.run([sys.executable, "-c", PROBE, str(tmp_path / "site")], cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""})
     assert done.returncode == 0, done.stderr
     assert {"core", "models", "solvers", "sampler", "unet", "pairs", "files", "cli"} <= set(done.stdout.split())

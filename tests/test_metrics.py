@@ -14,10 +14,11 @@ from conftest import ROOT
 from PIL import Image
 from torch import nn
 
-from get_nb.core import ConfigError, to_uint8, torch_rng
-from get_nb.files import FileError, sha256_file
+from get_nb.lab.core import ConfigError, to_uint8, torch_rng
+from get_nb.lab.core import FileError
+from get_nb.lab.files import sha256_file
 from get_nb.losses import CHANNELS, dists_weights, get_loss, load_vgg16, lpips_weights, make_dists, make_lpips, perceptual
-from get_nb.metrics import InceptionFeatures, compare, load_features, load_statistics, nearest_training
+from get_nb.lab.metrics import InceptionFeatures, compare, load_features, load_statistics, nearest_training
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_weights_that_would_run_code_are_refused(no_network, tmp_path):
 
 
 def test_images_reach_the_metrics_as_the_released_bytes():
-    from get_nb.evaluate import sample_seeds
+    from get_nb.evaluation import sample_seeds
 
     class Constant(nn.Module):
         config = dict(channels=3, image_size=32, num_classes=0)
@@ -167,7 +168,7 @@ def test_statistics_that_are_no_gaussian_are_refused_in_one_line_and_run_nothing
 
 
 def test_precision_and_recall_hold_a_few_rows_of_distances_and_say_what_all_at_once_do(monkeypatch):
-    from get_nb import metrics
+    from get_nb.lab import metrics
     from torch_fidelity.metric_prc import prc_features_to_metric
     a, b = (dict(features=torch.randn(n, 8, generator=torch_rng(n)), logits=torch.randn(n, 3, generator=torch_rng(n))) for n in (300, 200))
     network = type("Network", (), dict(device="cpu", reference=lambda self, x: dict(features=b["features"], statistics=metrics.fid_features_to_statistics(b["features"]))))()
@@ -228,15 +229,15 @@ def test_perceptual_losses_say_what_they_need(no_network, monkeypatch):
 
 
 def test_two_processes_measure_what_one_does(tmp_path):
-    from get_nb.core import seed_everything
-    from get_nb.files import save_checkpoint
-    from get_nb.metrics import create_classifier
-    from get_nb.models import create_model
+    from get_nb.lab.core import seed_everything
+    from get_nb.lab.files import save_checkpoint
+    from get_nb.lab.metrics import create_classifier
+    from get_nb.lab.checkpoints import create_model
     seed_everything(0)
     kw = dict(num_classes=10, image_size=8, channels=1)
     save_checkpoint(tmp_path / "get.safetensors", create_model("GET-digits/2", **kw))
     save_checkpoint(tmp_path / "c.safetensors", create_classifier(**kw))
-    (tmp_path / "get_nb_command.py").write_text("from get_nb.cli import main\nmain()\n")
+    (tmp_path / "get_nb_command.py").write_text("from get_nb.lab.cli import main\nmain()\n")
     command = [tmp_path / "get_nb_command.py", "evaluate", tmp_path / "get.safetensors", "--classifier", tmp_path / "c.safetensors", "--samples", "230", "--batch", "50", "--device", "cpu"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = dict(os.environ, OMP_NUM_THREADS="1", GET_NB_PROGRESS="off", PYTHONPATH=str(ROOT))

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import toy
-from get_nb import pairs
-from get_nb.cli import main
-from get_nb.files import FileError, load_tensors
+from get_nb.lab.cli import pairs
+from get_nb.lab.cli import main
+from get_nb.lab.core import FileError
+from get_nb.lab.files import load_tensors
 from get_nb.pairs import PairDataset, draw_noise, merge_pairs, read_manifest, verify_pairs
 from test_engine import fork, full_disk, start
 

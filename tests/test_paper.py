@@ -9,9 +9,10 @@ import yaml
 
 import released
 from conftest import ROOT, get_nb
-from get_nb import pipeline, stages
-from get_nb.core import seed_everything
-from get_nb.unet import create_teacher
+from get_nb.lab import pipeline
+from get_nb.lab.cli import stages
+from get_nb.lab.core import seed_everything
+from get_nb.lab.checkpoints import create_teacher
 
 PAPER = yaml.safe_load((ROOT / "nbs/paper/profiles/paper.yaml").read_text())
 SMALL = dict(

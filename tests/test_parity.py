@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from get_nb.checkpoints import load_edm_pickle
-from get_nb.core import setup
-from get_nb.models import create_model
+from get_nb.lab.released import load_edm_pickle
+from get_nb.lab.core import setup
+from get_nb.lab.checkpoints import create_model
 from get_nb.sampler import euler_sample, heun_sample
-from get_nb.unet import create_teacher
+from get_nb.lab.checkpoints import create_teacher
 
 DATA = Path(__file__).parent / "data"
 STATE = json.loads((DATA / "reference_state_dicts.json").read_text())
@@ -41,7 +41,7 @@ def test_released_unets_have_these_names_and_shapes(name):
     assert sum(p.numel() for p in teacher.parameters()) == EDM_STATE[name]["params"]
 
 
-DEVICES = [("cpu", 2e-5)] + ([("cuda", 1e-4)] if torch.cuda.is_available() else [])     # device, bound; TF32 is off by get_nb.core.setup
+DEVICES = [("cpu", 2e-5)] + ([("cuda", 1e-4)] if torch.cuda.is_available() else [])     # device, bound; TF32 is off by get_nb.lab.core.setup
 
 
 def golden_model(name, conditional, early):

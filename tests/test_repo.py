@@ -103,13 +103,13 @@ def test_every_requirement_is_pinned():
 
 
 def test_the_readme_shows_what_is_published(tmp_path):
-    from get_nb.report import readme_text
+    from get_nb.lab.report import readme_text
     text = (ROOT / "README.md").read_text()
     assert readme_text(ROOT, text) == text, "run make readme"
 
 
 def test_a_stage_depends_on_every_module_that_its_notebook_runs():
-    from get_nb.stages import code_hashes
+    from get_nb.lab.stages import code_hashes
     used = code_hashes(ROOT / "nbs/paper/evaluate.ipynb").keys()
     assert {"notebook", "core", "models", "layers", "solvers", "deq", "sampler", "unet", "precond", "metrics", "files"} <= used
     assert not {"stages", "pipeline", "cli"} & used

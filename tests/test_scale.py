@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from conftest import ROOT, get_nb
-from get_nb.data import DRAWS, SHAPES, draw_numbers, make_shapes, render_shapes, shape_distance
-from get_nb.stages import load_profile, why_run
+from get_nb.lab.data import DRAWS, SHAPES, draw_numbers, make_shapes, render_shapes, shape_distance
+from get_nb.lab.stages import load_profile, why_run
 
 
 def test_a_shape_does_not_depend_on_the_batch_it_is_drawn_in():
@@ -50,7 +50,7 @@ def test_the_gpu_profile_has_what_the_tables_need():
 
 
 def test_the_sizes_of_the_gpu_profile_are_the_ones_it_names():
-    from get_nb.models import create_model
+    from get_nb.lab.checkpoints import create_model
     stages = load_profile(ROOT, "gpu")
 
     def count(name):

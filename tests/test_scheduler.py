@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from get_nb import pipeline
-from get_nb.stages import Stage
+from get_nb.lab import pipeline
+from get_nb.lab.stages import Stage
 
 
 def stage(name, *needs, **params):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from get_nb.core import ConfigError, torch_rng
+from get_nb.lab.core import ConfigError, torch_rng
 from get_nb.solvers import SOLVERS, anderson, broyden, fixed_point_iter, solve
 
 GOLDEN = json.loads((Path(__file__).parent / "data/deq_solvers.json").read_text())

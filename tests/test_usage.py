@@ -5,11 +5,12 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from get_nb import cli, launch
-from get_nb.core import ConfigError
-from get_nb.files import FileError
-from get_nb.price import measured_rates
-from get_nb.stages import check_parameters, declared_parameters, load_profile
+from get_nb.lab.cli import cli
+from get_nb.lab.launch import launch
+from get_nb.lab.core import ConfigError
+from get_nb.lab.core import FileError
+from get_nb.lab.price import measured_rates
+from get_nb.lab.stages import check_parameters, declared_parameters, load_profile
 
 PAPER = ROOT / "nbs/paper"
 
@@ -39,7 +40,7 @@ def test_a_file_that_is_no_record_of_a_benchmark(said, tmp_path, text):
 
 
 def test_a_price_says_what_does_not_fit():
-    from get_nb.scale import price
+    from get_nb.lab.scale import price
     assert "Does not fit into 20 GB per GPU: train GET-B/2," in price((1,), memory=2e10) and "not fit" not in price((1, 8))
 
 
@@ -125,7 +126,7 @@ def test_a_dry_run_says_what_fresh_would_run(monkeypatch, capsys, tmp_path, stag
 
 def test_every_task_of_the_benchmark_can_be_asked_for():
     from typing import get_args, get_type_hints
-    from get_nb.bench import BenchConfig
+    from get_nb.lab.bench import BenchConfig
     option = next(p for p in cli.bench.params if p.name == "tasks")
     assert tuple(option.type.choices) == get_args(get_args(get_type_hints(BenchConfig)["tasks"])[0])
 

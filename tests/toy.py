@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from get_nb.core import seed_everything, torch_rng
-from get_nb.distill import DistillConfig, distill
-from get_nb.files import save_tensors, sha256_file, write_json
-from get_nb.models import create_model
+from get_nb.lab.core import seed_everything, torch_rng
+from get_nb.distillation import DistillConfig, distill
+from get_nb.lab.files import save_tensors, sha256_file, write_json
+from get_nb.lab.checkpoints import create_model
 from get_nb.pairs import PairDataset, PairsConfig, generate_pairs, recipe_of
-from get_nb.train import TrainConfig, batch_indices, train
+from get_nb.lab.train import TrainConfig, batch_indices, train
 
 os.environ.setdefault("GET_NB_PROGRESS", "off")
 CONFIG = dict(steps=50, batch_size=32, lr=3e-3, clip=1., schedule="linear", ema_half_life=300, checkpoint_every=10, log_every=1)

@@ -3,9 +3,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from get_nb.core import ConfigError
-from get_nb.pipeline import StageError, run_stage, runs_folder
-from get_nb.stages import load_profile, select, stage_key, why_run
+from get_nb.lab.core import ConfigError
+from get_nb.lab.pipeline import StageError, run_stage, runs_folder
+from get_nb.lab.stages import load_profile, select, stage_key, why_run
 
 
 def main():

@@ -4,7 +4,7 @@ import json
 import yaml
 
 from conftest import ROOT, get_nb
-from get_nb.stages import load_profile
+from get_nb.lab.stages import load_profile
 
 SMALL = dict(device="cpu", threads=1, steps=4, batch_size=16, warmup=1, checkpoint_every=2, n=64, shard_size=32, num_steps=2, samples=300, floor_splits=2, teacher="unet-digits", tflop=0., start=4, monitor_samples=100, monitor_every=2)
 

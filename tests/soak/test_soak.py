@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-COMMAND = [sys.executable, "-c", "from get_nb.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from get_nb.lab.cli import main; main()"]
 PROFILE = os.environ.get("SOAK_PROFILE", "smoke")     # SOAK_PROFILE=cpu repeats the real thing
 KILLS = int(os.environ.get("SOAK_KILLS", 8))
 
@@ -24,7 +24,7 @@ def reproduce(runs, *args):
 
 
 def tables(runs):
-    from get_nb.pipeline import untimed
+    from get_nb.lab.pipeline import untimed
     return {p.stem: untimed(json.loads(p.read_text())) for p in sorted((runs / PROFILE).glob("table_*/table_*.json"))}
 
 
@@ -60,7 +60,8 @@ def test_kills_at_random_moments_change_nothing(first, tmp_path):
 
 
 def test_flipped_bytes_in_every_artifact_are_found(first, tmp_path):
-    from get_nb.files import FileError, load_tensors
+    from get_nb.lab.core import FileError
+    from get_nb.lab.files import load_tensors
     rng, flips = random.Random(1), 0
     for path in sorted((first / PROFILE).rglob("*.safetensors")):
         good = path.read_bytes()

@@ -18,9 +18,10 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE.parent))
 import toy  # noqa: E402
-from get_nb.files import FileError, load_tensors  # noqa: E402
+from get_nb.lab.core import FileError  # noqa: E402
+from get_nb.lab.files import load_tensors  # noqa: E402
 from get_nb.pairs import PairDataset, PairsConfig, generate_pairs, read_manifest, verify_pairs  # noqa: E402
-from get_nb.train import checkpoints  # noqa: E402
+from get_nb.lab.train import checkpoints  # noqa: E402
 
 SEED = int(os.environ.get("SOAK_SEED", 0))
 KILLS = int(os.environ.get("SOAK_KILLS", 25))             # over teacher, pairs and student
@@ -46,7 +47,7 @@ def stage(runs, name, processes=1):
                   pairs=["n=400", "num_steps=4", "shard_size=20", "batch_size=10", f"inputs={{teacher: {runs}/teacher}}"],
                   student=["steps=60", "batch_size=32", "checkpoint_every=5", f"inputs={{pairs: {runs}/pairs}}"])[name]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return [sys.executable, *launcher, "-m", "get_nb.launch", str(PAPER / f"{name}.ipynb"), f"out={runs}/{name}", "threads=1", "device=cpu", *params]
+    return [sys.executable, *launcher, "-m", "get_nb.lab.launch", str(PAPER / f"{name}.ipynb"), f"out={runs}/{name}", "threads=1", "device=cpu", *params]
 
 
 def run(command):
