@@ -252,11 +252,7 @@ def discriminator_loss(real: list, fake: list):
     return sum(F.softplus(-r).mean() + F.softplus(f).mean() for r, f in zip(real, fake))
 
 # %% ../nbs/44_discriminator.ipynb #daf39958
-def r1_penalty(
-    critic,
-    x,
-    labels=None,
-):
+def r1_penalty(critic, x, labels=None):
     """Squared slope of the summed logits with respect to the pixels of real images.
 
     Args:

@@ -84,14 +84,7 @@ def state_penalties(f, z, cfg: DistillConfig):
     return total + cfg.jacobian * jacobian_penalty(f, z) if cfg.jacobian else total
 
 
-def distill_loss(
-    model,
-    noise,
-    labels,
-    target,
-    cfg: DistillConfig,
-    n_iter: int = None,
-):
+def distill_loss(model, noise, labels, target, cfg: DistillConfig, n_iter: int = None):
     """Weighted distance of every supervised image to the teacher's [locuslab/get].
 
     Args:

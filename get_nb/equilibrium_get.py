@@ -47,11 +47,7 @@ def mix64(x):
     return x
 
 # %% ../nbs/25_equilibrium.ipynb #73f287df
-def normal_from_noise(
-    noise,
-    shape,
-    seed: int,
-):
+def normal_from_noise(noise, shape, seed: int):
     """Gaussian start state, by hashing each image's noise (Box-Muller on a counter).
 
     Args:

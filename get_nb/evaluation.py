@@ -50,16 +50,7 @@ from .sampler import SAMPLERS, num_evaluations
 
 # %% ../nbs/32_evaluation.ipynb #a86a3a75
 @torch.no_grad()
-def generate(
-    model,
-    noise,
-    labels=None,
-    *,
-    num_steps=18,
-    sampler="heun",
-    n_iter=None,
-    precision="float32",
-):
+def generate(model, noise, labels=None, *, num_steps=18, sampler="heun", n_iter=None, precision="float32"):
     """Images from noise, whatever the model.
 
     Args:
@@ -339,12 +330,7 @@ KNOWN_DATA = {
 }  # what models of this shape are compared with, when nothing is said
 
 
-def load_references(
-    shape: tuple,
-    data: str,
-    statistics: dict,
-    path,
-):
+def load_references(shape: tuple, data: str, statistics: dict, path):
     """What a model is compared with: images of both splits, or statistics that are already there.
 
     Args:

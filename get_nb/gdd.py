@@ -66,13 +66,7 @@ def parameters_by_kind(model) -> dict:
 
 # %% ../nbs/45_gdd.ipynb #88e883ce
 @torch.no_grad()
-def layer_activations(
-    denoiser,
-    image,
-    noise,
-    labels,
-    sigmas,
-) -> dict:
+def layer_activations(denoiser, image, noise, labels, sigmas) -> dict:
     """How strongly each convolution and linear layer answers at each noise level.
 
     Args:

@@ -16,10 +16,7 @@ from .lab.core import ConfigError, nearest
 from .solvers import solve
 
 # %% ../nbs/23_gradients.ipynb #a61349ce
-def supervised(
-    n_iter: int,
-    supervise=None,
-) -> list:
+def supervised(n_iter: int, supervise=None) -> list:
     """The iterations whose states are asked for.
 
     Args:
@@ -41,12 +38,7 @@ def supervised(
     return sorted({k if k > 0 else n_iter + 1 + k for k in given})
 
 
-def unroll(
-    f,
-    z0,
-    n_iter: int,
-    supervise=None,
-) -> list:
+def unroll(f, z0, n_iter: int, supervise=None) -> list:
     """Iterate f from z0 and keep the graph.
 
     Args:
@@ -69,11 +61,7 @@ def unroll(
     return states
 
 # %% ../nbs/23_gradients.ipynb #0ec89aba
-def correction_weights(
-    n: int,
-    gamma: float = 0.8,
-    kind: str = "exponential",
-) -> list:
+def correction_weights(n: int, gamma: float = 0.8, kind: str = "exponential") -> list:
     """Weights of iterations 1..n; gamma^(n - k) is GET's released training.
 
     Args:
@@ -132,12 +120,7 @@ def implicit(f, z_star, stats=None, **options):
     return Adjoint.apply(fz, vjp, dict(dict(solver="anderson", max_iter=30, tol=1e-6), **options), stats)
 
 
-def phantom(
-    f,
-    z_star,
-    steps: int = 1,
-    tau: float = 1.0,
-):
+def phantom(f, z_star, steps: int = 1, tau: float = 1.0):
     """Phantom gradient: forget how z was found, then take a few damped steps with the graph kept.
 
     Args:
@@ -199,10 +182,7 @@ def equilibrium(
 
 # %% ../nbs/23_gradients.ipynb #69cac3ab
 @lru_cache(None)
-def reversal(
-    n: int,
-    slots: int,
-) -> tuple:
+def reversal(n: int, slots: int) -> tuple:
     """The cheapest way to visit n states in reverse order (binomial checkpointing).
 
     Args:
@@ -395,15 +375,7 @@ class ConstantMemory(torch.autograd.Function):
         return None, back.g, *back.total
 
 # %% ../nbs/23_gradients.ipynb #05344f0c
-def unroll_constant(
-    f,
-    z0,
-    n_iter: int,
-    supervise=None,
-    read=None,
-    tensors=(),
-    slots: int = 4,
-) -> list:
+def unroll_constant(f, z0, n_iter: int, supervise=None, read=None, tensors=(), slots: int = 4) -> list:
     """The same values and gradients as `unroll`, with memory that does not grow with n_iter.
 
     Args:

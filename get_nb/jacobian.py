@@ -12,13 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .lab.core import torch_rng
 
 # %% ../nbs/24_jacobian.ipynb #8d48bdc4
-def spectral_radius(
-    f,
-    z,
-    n_iter: int = 40,
-    project=None,
-    seed: int = 0,
-):
+def spectral_radius(f, z, n_iter: int = 40, project=None, seed: int = 0):
     """Spectral radius of the Jacobian of f at z, by power iteration with vector-Jacobian products.
 
     Args:
@@ -45,12 +39,7 @@ def spectral_radius(
     return torch.stack(growth[n_iter // 2 :]).clamp(min=torch.finfo(z.dtype).tiny).log().mean(0).exp()
 
 # %% ../nbs/24_jacobian.ipynb #2e655840
-def jacobian_penalty(
-    f,
-    z,
-    probes: int = 1,
-    seed: int = None,
-):
+def jacobian_penalty(f, z, probes: int = 1, seed: int = None):
     """Hutchinson's estimate of the squared Frobenius norm of the Jacobian.
 
     Args:

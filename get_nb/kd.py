@@ -79,12 +79,7 @@ def copy_denoiser(teacher):
     return student
 
 # %% ../nbs/40_kd.ipynb #d0b6c331
-def stalled(
-    steps: list,
-    values: list,
-    what: str,
-    tolerance: float = 0.1,
-) -> list:
+def stalled(steps: list, values: list, what: str, tolerance: float = 0.1) -> list:
     """Has a curve its best point in its first two thirds, and ended worse?
 
     Args:

@@ -28,10 +28,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 # %% ../nbs/20_layers.ipynb #e01616f7
-def patchify(
-    image,
-    patch: int,
-):
+def patchify(image, patch: int):
     """Cut an image into flat patches, row by row.
 
     Args:
@@ -46,11 +43,7 @@ def patchify(
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, -1, patch * patch * C)
 
 
-def unpatchify(
-    tokens,
-    patch: int,
-    channels: int,
-):
+def unpatchify(tokens, patch: int, channels: int):
     """Put flat patches back into an image: the inverse of `patchify`.
 
     Args:
@@ -67,10 +60,7 @@ def unpatchify(
     return x.reshape(B, channels, n * patch, n * patch)
 
 # %% ../nbs/20_layers.ipynb #d0fc912b
-def sincos_1d(
-    n: int,
-    dim: int,
-):
+def sincos_1d(n: int, dim: int):
     """Sine-cosine code of a position; computed in float64.
 
     Args:
@@ -85,10 +75,7 @@ def sincos_1d(
     return torch.cat([angle.sin(), angle.cos()], 1).float()
 
 
-def sincos_2d(
-    n: int,
-    dim: int,
-):
+def sincos_2d(n: int, dim: int):
     """Position table of a square grid, row by row.
 
     Args:

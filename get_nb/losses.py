@@ -111,10 +111,7 @@ def lpips_weights() -> list:
     return [state[f"lin{i}.model.1.weight"] for i in range(len(STAGES))]
 
 # %% ../nbs/30_losses.ipynb #67562245
-def make_lpips(
-    backbone,
-    weights: list,
-):
+def make_lpips(backbone, weights: list):
     """LPIPS on a given backbone.
 
     Args:

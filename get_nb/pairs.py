@@ -33,10 +33,7 @@ from .lab.files import atomic_path, load_tensors, save_tensors, sha256_file, wri
 from .sampler import SAMPLERS, num_evaluations
 
 # %% ../nbs/13_pairs.ipynb #edecc209
-def pair_noise(
-    seed: int,
-    shape,
-):
+def pair_noise(seed: int, shape):
     """Noise of a pair.
 
     Args:
@@ -49,10 +46,7 @@ def pair_noise(
     return rng("pair noise", seed).standard_normal(shape, dtype=np.float32)
 
 
-def pair_label(
-    seed: int,
-    num_classes: int,
-) -> int:
+def pair_label(seed: int, num_classes: int) -> int:
     """Label of a pair, uniform over the classes.
 
     Args:
@@ -235,11 +229,7 @@ def make_missing(denoiser, folder: Path, cfg: PairsConfig, bar):
             bar.refresh()
 
 # %% ../nbs/13_pairs.ipynb #828ca2b6
-def shard_digest(
-    path: Path,
-    known: dict,
-    check=None,
-) -> str:
+def shard_digest(path: Path, known: dict, check=None) -> str:
     """Digest of a shard; remembered while its size and time stay what they were.
 
     Args:
@@ -322,11 +312,7 @@ def finish(folder: Path, cfg: PairsConfig):
     return manifest
 
 # %% ../nbs/13_pairs.ipynb #9e95d771
-def generate_pairs(
-    denoiser,
-    folder,
-    cfg: PairsConfig,
-) -> dict:
+def generate_pairs(denoiser, folder, cfg: PairsConfig) -> dict:
     """Make all pairs of a recipe, together with whoever else is at it, going on where an earlier run stopped.
 
     Args:
@@ -538,10 +524,7 @@ def pairs_info(folder) -> dict:
     )
 
 
-def merge_pairs(
-    folders,
-    target,
-) -> dict:
+def merge_pairs(folders, target) -> dict:
     """Gather the shards of several folders in one.
 
     Args:

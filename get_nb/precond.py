@@ -11,10 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../nbs/10_precond.ipynb #46235e6e
-def edm_coefficients(
-    sigma,
-    sigma_data: float,
-):
+def edm_coefficients(sigma, sigma_data: float):
     """The preconditioning of EDM, table 1, last column.
 
     Args:
@@ -28,12 +25,7 @@ def edm_coefficients(
     return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
 
 # %% ../nbs/10_precond.ipynb #d0a2fd34
-def one_hot(
-    labels,
-    num_classes: int,
-    batch: int,
-    device,
-):
+def one_hot(labels, num_classes: int, batch: int, device):
     """Class vectors; the zero vector for no class.
 
     Args:
@@ -90,15 +82,7 @@ class EDMPrecond(nn.Module):
         return c_skip * x + c_out * F_x.float()
 
 # %% ../nbs/10_precond.ipynb #fbba17b6
-def edm_loss(
-    denoiser,
-    image,
-    labels,
-    noise,
-    normal,
-    p_mean: float,
-    p_std: float,
-):
+def edm_loss(denoiser, image, labels, noise, normal, p_mean: float, p_std: float):
     """EDM's denoising loss, mean over batch and pixels; random draws come from the caller.
 
     Args:

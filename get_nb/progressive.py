@@ -50,12 +50,7 @@ def ddim_sample(denoiser, noise, labels, sigmas):
 
 # %% ../nbs/41_progressive.ipynb #57f426ba
 @torch.no_grad()
-def two_step_target(
-    teacher,
-    x,
-    levels,
-    labels=None,
-):
+def two_step_target(teacher, x, levels, labels=None):
     """The estimate with which one DDIM step lands where two of the teacher's land (Salimans & Ho, algorithm 2).
 
     Args:
@@ -131,16 +126,7 @@ def step_counts(cfg: ProgressiveConfig) -> list:
     return counts[1:]
 
 # %% ../nbs/41_progressive.ipynb #ddb99e71
-def progressive_loss(
-    student,
-    teacher,
-    image,
-    labels,
-    noise,
-    place,
-    sigmas,
-    weight: str,
-):
+def progressive_loss(student, teacher, image, labels, noise, place, sigmas, weight: str):
     """Weighted squared error of the student's estimate, mean over batch and pixels.
 
     Args:

@@ -143,14 +143,7 @@ def iterate(f, z0, step, max_iter, tol, stop_mode, select):
 
 # %% ../nbs/22_solvers.ipynb #98f0fd9b
 def fixed_point_iter(
-    f,
-    z0,
-    *,
-    max_iter: int,
-    tol: float = None,
-    stop_mode: str = "rel",
-    tau: float = 1.0,
-    select: str = "lowest",
+    f, z0, *, max_iter: int, tol: float = None, stop_mode: str = "rel", tau: float = 1.0, select: str = "lowest"
 ):
     """Plain (damped) iteration of f; a gradient passes through it, as through any unrolled network.
 

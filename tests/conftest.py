@@ -1,4 +1,5 @@
 """What the tests share: the clone's root, a way to call the command line, and one finished smoke chain."""
+
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ def get_nb(*args, **kw):
 def smoke(tmp_path_factory):
     "Runs folder of one complete smoke chain, and what the command printed."
     runs = tmp_path_factory.mktemp("runs")
-    done = get_nb("reproduce", "--profile", "smoke", "--runs", runs, "--cores", 2, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    done = get_nb(
+        "reproduce", "--profile", "smoke", "--runs", runs, "--cores", 2, env=dict(os.environ, OMP_NUM_THREADS="1")
+    )
     assert done.returncode == 0, done.stderr
     return runs, done.stdout

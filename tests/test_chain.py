@@ -1,4 +1,5 @@
 """The chain: complete, repeatable, resumable after kill -9, publishable, redrawable."""
+
 import json
 import os
 import shutil
@@ -18,7 +19,11 @@ STAGES = load_profile(ROOT, "smoke")
 
 
 def tables(runs):
-    return {p.stem: json.loads(p.read_text()) for p in sorted((runs / "smoke").glob("table_*/*.json")) if p.name != "stamp.json" and p.name != "key.json"}
+    return {
+        p.stem: json.loads(p.read_text())
+        for p in sorted((runs / "smoke").glob("table_*/*.json"))
+        if p.name != "stamp.json" and p.name != "key.json"
+    }
 
 
 def test_every_stage_leaves_a_stamp_a_page_and_its_products(smoke):
@@ -29,12 +34,28 @@ def test_every_stage_leaves_a_stamp_a_page_and_its_products(smoke):
         assert {"key", "outputs", "seconds", "packages", "hardware", "seed"} <= stamp.keys()
         assert "</html>" in (folder / "notebook.html").read_text()
         assert not (folder / "state").exists() and not (folder / "progress.json").exists()
-        wanted = {f"{name}.json"} | ({f"{name}.md"} if name.startswith("table") else {f"{name}.png", f"{name}.svg"}) if stage.draws else {"record.json"}
+        wanted = (
+            {f"{name}.json"} | ({f"{name}.md"} if name.startswith("table") else {f"{name}.png", f"{name}.svg"})
+            if stage.draws
+            else {"record.json"}
+        )
         assert wanted <= stamp["outputs"].keys(), name
     assert "table_2_conditional: " in printed and "table_3_get_vs_vit: " in printed
 
 
-UNITS = dict(share_plain=100, share_anderson=100, share_broyden=100, parameters=1e-3, images=1e-3, teacher=1e-3, accuracy=100, copies=100, mmac=1e3, memory=1e3, gflop=1e3)     # column -> factor to the record's unit
+UNITS = dict(
+    share_plain=100,
+    share_anderson=100,
+    share_broyden=100,
+    parameters=1e-3,
+    images=1e-3,
+    teacher=1e-3,
+    accuracy=100,
+    copies=100,
+    mmac=1e3,
+    memory=1e3,
+    gflop=1e3,
+)  # column -> factor to the record's unit
 
 
 def look_up(runs, source):
@@ -55,7 +76,10 @@ def test_each_number_of_a_table_is_the_one_in_the_records_it_names(smoke):
                     continue
                 values = [look_up(runs, s) for s in cell["source"]]
                 mean = sum(values) if cell.get("sum") else statistics.fmean(values)
-                assert cell["value"] == pytest.approx(1000 / mean if key == "rate" else mean * UNITS.get(key, 1)), (key, cell)
+                assert cell["value"] == pytest.approx(1000 / mean if key == "rate" else mean * UNITS.get(key, 1)), (
+                    key,
+                    cell,
+                )
                 checked, with_seeds = checked + 1, with_seeds + (len(cell["source"]) > 1)
     assert checked > 50 and with_seeds > 5
 
@@ -74,15 +98,25 @@ def test_a_missing_output_runs_its_stage_again_and_nothing_that_does_not_change(
     done = get_nb("reproduce", "--profile", "smoke", "--runs", runs, "--stage", "evaluate_get")
     assert done.returncode == 0, done.stderr
     assert "get: running (output student.safetensors is gone or changed)" in done.stdout
-    assert "evaluate_get: holds" in done.stdout      # the student came out the same, bit for bit
+    assert "evaluate_get: holds" in done.stdout  # the student came out the same, bit for bit
 
 
 def kill_when(args, ready):
     "Start the command in its own process group; kill -9 all of it as soon as ready() is true."
-    process = subprocess.Popen([*COMMAND, *map(str, args)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
-    children = lambda: subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.split("\n")
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, args)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )
+
+    def children():
+        return subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.split("\n")
+
     while process.poll() is None and not ready():
-        time.sleep(.002)
+        time.sleep(0.002)
     assert process.poll() is None, "the stage ended before it could be killed"
     kernels = [int(line.split()[0]) for line in children() if line and int(line.split()[1]) == process.pid]
     for pid in [process.pid, *kernels]:
@@ -90,7 +124,14 @@ def kill_when(args, ready):
     process.wait()
 
 
-@pytest.mark.parametrize("stage, sign", [("teacher", "state/step-*.safetensors"), ("pairs", "pairs-00000.safetensors"), ("get", "state/step-*.safetensors")])
+@pytest.mark.parametrize(
+    "stage, sign",
+    [
+        ("teacher", "state/step-*.safetensors"),
+        ("pairs", "pairs-00000.safetensors"),
+        ("get", "state/step-*.safetensors"),
+    ],
+)
 def test_kill_9_goes_on_where_it_was_and_ends_the_same(smoke, tmp_path, stage, sign):
     runs = shutil.copytree(smoke[0], tmp_path / "runs")
     folder = runs / "smoke" / stage
@@ -103,11 +144,13 @@ def test_kill_9_goes_on_where_it_was_and_ends_the_same(smoke, tmp_path, stage, s
     assert done.returncode == 0, done.stderr
     assert f"{stage}: running (never finished)" in done.stdout
     after = {f: v["sha256"] for f, v in stage_outputs(folder).items()}
-    assert {f: h for f, h in after.items() if not f.startswith("record")} == {f: h for f, h in before.items() if not f.startswith("record")}
+    assert {f: h for f, h in after.items() if not f.startswith("record")} == {
+        f: h for f, h in before.items() if not f.startswith("record")
+    }
     if stage == "pairs":
-        assert (folder / sign).stat().st_mtime_ns == kept                                     # a finished shard is not touched
+        assert (folder / sign).stat().st_mtime_ns == kept  # a finished shard is not touched
     else:
-        assert json.loads((folder / "record.json").read_text())["resumed_at"]                 # it did go on from a checkpoint
+        assert json.loads((folder / "record.json").read_text())["resumed_at"]  # it did go on from a checkpoint
     for name, table in tables(runs).items():
         assert compare_table(table, tables(smoke[0])[name]) == "identical (timing apart)"
 
@@ -116,34 +159,56 @@ def test_a_kernel_that_dies_is_one_line_and_the_run_goes_on_from_there(smoke, tm
     runs = shutil.copytree(smoke[0], tmp_path / "runs")
     folder = runs / "smoke/teacher"
     shutil.rmtree(folder)
-    process = subprocess.Popen([*COMMAND, "reproduce", "--profile", "smoke", "--runs", str(runs), "--stage", "teacher"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    process = subprocess.Popen(
+        [*COMMAND, "reproduce", "--profile", "smoke", "--runs", str(runs), "--stage", "teacher"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+    )
     while not any(folder.glob("state/step-*.safetensors")):
-        time.sleep(.002)
+        time.sleep(0.002)
     lines = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
     for pid in [int(x.split()[0]) for x in lines if int(x.split()[1]) == process.pid]:
         os.kill(pid, signal.SIGKILL)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 1 and "stage teacher failed: its kernel died" in err.splitlines()[-1] and "Traceback" not in err
+    assert (
+        process.returncode == 1
+        and "stage teacher failed: its kernel died" in err.splitlines()[-1]
+        and "Traceback" not in err
+    )
     assert get_nb("reproduce", "--profile", "smoke", "--runs", runs, "--stage", "teacher").returncode == 0
 
 
 def test_what_is_published_can_be_drawn_again_without_the_runs(smoke, tmp_path):
     clone = tmp_path / "clone"
     for name in ("settings.ini", "nbs"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, clone / name if (ROOT / name).is_dir() else clone.mkdir() or clone / name)
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(
+            ROOT / name, clone / name if (ROOT / name).is_dir() else clone.mkdir() or clone / name
+        )
     done = get_nb("publish", "--root", clone, "--profile", "smoke", "--runs", smoke[0])
     assert done.returncode == 0, done.stderr
     results = clone / "results/smoke"
     manifest = json.loads((results / "manifest.json").read_text())
     published = {p.relative_to(results).as_posix() for p in results.rglob("*") if p.is_file()} - {"manifest.json"}
-    assert published == {f for s in manifest["stages"].values() for f in s["files"]} and not any(f.endswith(".safetensors") for f in published)
+    assert published == {f for s in manifest["stages"].values() for f in s["files"]} and not any(
+        f.endswith(".safetensors") for f in published
+    )
     notebook = clone / "nbs/paper/student.ipynb"
-    notebook.write_text(notebook.read_text().replace('\\"student\\")', '\\"pupil\\")', 1))        # the code that made two records changes
+    notebook.write_text(
+        notebook.read_text().replace('\\"student\\")', '\\"pupil\\")', 1)
+    )  # the code that made two records changes
     done = get_nb("reproduce", "--root", clone, "--profile", "smoke", "--redraw", "--runs", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "record of get: made by older code (notebook changed since)" in done.stdout and "record of teacher" not in done.stdout
+    assert (
+        "record of get: made by older code (notebook changed since)" in done.stdout
+        and "record of teacher" not in done.stdout
+    )
     assert done.stdout.count("identical (timing apart)") == len(tables(smoke[0]))
-    assert (tmp_path / "smoke-redrawn/figure_same_noise/figure_same_noise.png").read_bytes() == (results / "figures/figure_same_noise.png").read_bytes()
+    assert (tmp_path / "smoke-redrawn/figure_same_noise/figure_same_noise.png").read_bytes() == (
+        results / "figures/figure_same_noise.png"
+    ).read_bytes()
 
 
 def test_publishing_refuses_what_does_not_hold(smoke, tmp_path):
@@ -159,6 +224,13 @@ def test_sample_and_evaluate_work_on_the_chain_s_checkpoints(smoke, tmp_path):
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "s.npz") as f:
         assert f["images"].shape == (4, 1, 8, 8) and f["labels"].tolist() == [3] * 4
-    done = get_nb("evaluate", runs / "vit/student.safetensors", "--classifier", runs / "classifier/classifier.safetensors", "--n", 200)
+    done = get_nb(
+        "evaluate",
+        runs / "vit/student.safetensors",
+        "--classifier",
+        runs / "classifier/classifier.safetensors",
+        "--n",
+        200,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["train"]["fd"] > 0

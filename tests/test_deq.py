@@ -1,4 +1,5 @@
 """Gradients of equilibrium models: exact where they claim to be, in constant memory, under data parallelism."""
+
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ TINY = dict(num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1)
 def tiny(**how):
     torch.manual_seed(0)
     model = create_model("GET-digits/2", **TINY, **how).double().eval()
-    torch.nn.init.normal_(model.final_layer.linear.weight, std=.3, generator=torch_rng("w"))
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.3, generator=torch_rng("w"))
     return model
 
 
@@ -32,25 +33,44 @@ def batch(n=2):
 
 
 def tanh_map():
-    rand = lambda *s, name: torch.randn(*s, generator=torch_rng(name), dtype=torch.float64)
-    W, b = (rand(5, 5, name="W") / 5**.5 * .5).requires_grad_(), rand(2, 5, name="b").requires_grad_()
+    def rand(*s, name):
+        return torch.randn(*s, generator=torch_rng(name), dtype=torch.float64)
+
+    W, b = (rand(5, 5, name="W") / 5**0.5 * 0.5).requires_grad_(), rand(2, 5, name="b").requires_grad_()
     return (lambda z, W, b: torch.tanh(z @ W.T + b)), W, b
 
 
 def test_gradcheck_of_the_implicit_gradient():
     f, W, b = tanh_map()
+
     def run(W, b):
-        g = lambda z: f(z, W, b)
+        def g(z):
+            return f(z, W, b)
+
         with torch.no_grad():
             z, _ = solve(g, torch.zeros(2, 5, dtype=torch.float64), max_iter=60, tol=1e-14)
         return implicit(g, z, tol=1e-13, max_iter=60)
+
     assert torch.autograd.gradcheck(run, (W, b))
 
 
 def test_gradcheck_of_a_GET_in_evaluation_through_its_fixed_point():
-    model, (noise, labels) = tiny(state="normalized", gradient="implicit", solver="anderson", n_iter=200, tol=1e-13, stop_mode="rel", adjoint_iter=200, adjoint_tol=1e-12, window=20), batch(1)
+    model, (noise, labels) = (
+        tiny(
+            state="normalized",
+            gradient="implicit",
+            solver="anderson",
+            n_iter=200,
+            tol=1e-13,
+            stop_mode="rel",
+            adjoint_iter=200,
+            adjoint_tol=1e-12,
+            window=20,
+        ),
+        batch(1),
+    )
     with torch.no_grad():
-        model.qkv_inj.weight.mul_(3)      # a strong injection makes the map contract
+        model.qkv_inj.weight.mul_(3)  # a strong injection makes the map contract
     with sdpa_kernel(SDPBackend.MATH):
         assert model.solve(noise, labels)[1].converged.all()
         assert torch.autograd.gradcheck(lambda e: model(e, labels), noise.requires_grad_(), atol=1e-5, rtol=1e-4)
@@ -65,11 +85,16 @@ def test_constant_memory_gives_the_gradients_of_unrolling(n, slots, which):
     f, W, b = tanh_map()
     z0 = torch.randn(2, 5, generator=torch_rng("z"), dtype=torch.float64).requires_grad_()
     calls = []
+
     def g(z):
         calls.append(1)
         return f(z, W, b)
+
     plain = unroll(g, z0, n, which)
-    loss = lambda states: sum((i + 1) * s.sin().sum() for i, s in enumerate(states))
+
+    def loss(states):
+        return sum((i + 1) * s.sin().sum() for i, s in enumerate(states))
+
     wanted = torch.autograd.grad(loss(plain), (z0, W, b))
     got = unroll_constant(g, z0, n, which, tensors=(W, b), slots=slots)
     assert all(torch.equal(a, c) for a, c in zip(plain, got))
@@ -79,7 +104,9 @@ def test_constant_memory_gives_the_gradients_of_unrolling(n, slots, which):
 
 def test_constant_memory_works_backwards_twice_over_one_graph():
     f, W, b = tanh_map()
-    out = unroll_constant(lambda z: f(z, W, b), torch.zeros(2, 5, dtype=torch.float64), 7, (-1,), tensors=(W, b))[0].sum()
+    out = unroll_constant(lambda z: f(z, W, b), torch.zeros(2, 5, dtype=torch.float64), 7, (-1,), tensors=(W, b))[
+        0
+    ].sum()
     first = torch.autograd.grad(out, W, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(out, W)[0])
 
@@ -106,27 +133,39 @@ def test_a_forgotten_tensor_is_an_error_and_not_a_missing_gradient():
 def test_naming_one_output_of_a_node_does_not_hide_its_other_one():
     a = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
     p, q = gate(a, 2 * a)
-    for f, given in ((lambda z: .5 * z * p + q, (p,)), (lambda z: z * a.chunk(2, 1)[0].repeat(1, 2) + a.chunk(2, 1)[1].repeat(1, 2), ())):
+    for f, given in (
+        (lambda z: 0.5 * z * p + q, (p,)),
+        (lambda z: z * a.chunk(2, 1)[0].repeat(1, 2) + a.chunk(2, 1)[1].repeat(1, 2), ()),
+    ):
         with pytest.raises(ConfigError, match="gradient would be lost"):
             unroll_constant(f, torch.zeros(2, 4, dtype=torch.float64), 3, tensors=given)
     u, v = a.chunk(2, 1)
-    f = lambda z: .5 * z * u + v
+
+    def f(z):
+        return 0.5 * z * u + v
+
     with pytest.raises(ConfigError, match="gradient would be lost"):
         unroll_constant(f, torch.zeros(2, 2, dtype=torch.float64), 3, tensors=(u,))
-    grads = [torch.autograd.grad(way[-1].sum(), a, retain_graph=True)[0] for way in (unroll(f, torch.zeros(2, 2, dtype=torch.float64), 3), unroll_constant(f, torch.zeros(2, 2, dtype=torch.float64), 3, tensors=(u, v)))]
+    grads = [
+        torch.autograd.grad(way[-1].sum(), a, retain_graph=True)[0]
+        for way in (
+            unroll(f, torch.zeros(2, 2, dtype=torch.float64), 3),
+            unroll_constant(f, torch.zeros(2, 2, dtype=torch.float64), 3, tensors=(u, v)),
+        )
+    ]
     assert torch.allclose(*grads)
 
 
 def test_every_step_of_training_draws_other_probes_for_the_jacobian_penalty():
     torch.manual_seed(0)
     W = (1.2 * torch.eye(24)).requires_grad_()
-    optimizer = torch.optim.Adam([W], .02)
+    optimizer = torch.optim.Adam([W], 0.02)
     for step in range(300):
         seed_everything("step", step)
         optimizer.zero_grad()
         jacobian_penalty(lambda z: z @ W.T, torch.zeros(4, 24)).backward()
         optimizer.step()
-    assert torch.linalg.matrix_norm(W) < .1       # with the same probes in every step most directions are never seen
+    assert torch.linalg.matrix_norm(W) < 0.1  # with the same probes in every step most directions are never seen
     seed_everything("step", 7)
     once = jacobian_penalty(lambda z: z @ W.T, torch.zeros(4, 24))
     seed_everything("step", 7)
@@ -178,7 +217,17 @@ def test_a_tensor_that_would_be_counted_twice_is_an_error():
         unroll_constant(lambda z: f(z, W, b) + c, torch.zeros(2, 5, dtype=torch.float64), 3, tensors=(W, b, c))
 
 
-@pytest.mark.parametrize("how", [dict(), dict(state="normalized"), dict(injection="adaln"), dict(injection="none"), dict(shared=False), dict(weight_norm="weight")])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(),
+        dict(state="normalized"),
+        dict(injection="adaln"),
+        dict(injection="none"),
+        dict(shared=False),
+        dict(weight_norm="weight"),
+    ],
+)
 def test_a_GET_in_constant_memory_has_the_gradients_of_the_plain_one(how):
     (noise, labels), grads = batch(), []
     for constant in (False, True):
@@ -190,18 +239,47 @@ def test_a_GET_in_constant_memory_has_the_gradients_of_the_plain_one(how):
 
 def test_two_processes_get_the_gradients_of_one_in_every_mode(tmp_path):
     (tmp_path / "ddp.py").write_text(DDP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "ddp.py")]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(tmp_path / "ddp.py"),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and done.stdout.count("same") == 2, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("how", [dict(injection="none"), dict(injection="adaln"), dict(shared=False, z0="normal"), dict(weight_norm="weight"), dict(weight_norm="spectral"),
-                                 dict(constant_memory=True), dict(gradient="phantom", solver="broyden"), dict(gradient="implicit", state="normalized", weight_norm="spectral", solver="anderson")])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(injection="none"),
+        dict(injection="adaln"),
+        dict(shared=False, z0="normal"),
+        dict(weight_norm="weight"),
+        dict(weight_norm="spectral"),
+        dict(constant_memory=True),
+        dict(gradient="phantom", solver="broyden"),
+        dict(gradient="implicit", state="normalized", weight_norm="spectral", solver="anderson"),
+    ],
+)
 def test_every_option_trains_all_weights_and_hears_the_noise(how):
     model, (noise, labels) = tiny(**how), batch()
     model.unrolled(noise, labels, n_iter=4)[-1].square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "qkv_inj" in name or "deq_blocks" in name and "weight" in name)
+    assert all(
+        p.grad.abs().max() > 0
+        for name, p in model.named_parameters()
+        if "qkv_inj" in name or "deq_blocks" in name and "weight" in name
+    )
     with torch.no_grad():
         assert (model(noise, labels)[0] - model(noise.flip(0), labels)[0]).abs().max() > 1e-6
 
@@ -242,11 +320,20 @@ def test_the_default_loss_is_the_released_one_to_the_bit():
     model, (noise, labels) = tiny(), batch()
     target = torch.ones_like(noise)
     ours = distill_loss(model, noise, labels, target, DistillConfig(n_iter=4))
-    theirs = sum(w * l1(x, target) for w, x in zip([.8**3, .8**2, .8, 1.], model.unrolled(noise, labels, n_iter=4)))
+    theirs = sum(w * l1(x, target) for w, x in zip([0.8**3, 0.8**2, 0.8, 1.0], model.unrolled(noise, labels, n_iter=4)))
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("cfg", [dict(supervise=(-1,)), dict(supervise=(1, -1), weights="linear"), dict(residual=.1), dict(residual=.1, jacobian=.01), dict(n_iter_max=8, iterations="random")])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        dict(supervise=(-1,)),
+        dict(supervise=(1, -1), weights="linear"),
+        dict(residual=0.1),
+        dict(residual=0.1, jacobian=0.01),
+        dict(n_iter_max=8, iterations="random"),
+    ],
+)
 def test_every_option_of_the_loss_has_a_gradient(cfg):
     model, (noise, labels) = tiny(state="normalized"), batch()
     loss = distill_loss(model, noise, labels, torch.zeros_like(noise), DistillConfig(n_iter=4, **cfg))
@@ -255,7 +342,11 @@ def test_every_option_of_the_loss_has_a_gradient(cfg):
 
 
 def test_supervised_iterations_and_weights_refuse_what_means_nothing():
-    assert supervised(4) == [1, 2, 3, 4] and supervised(4, (-1, 1, 4)) == [1, 4] and correction_weights(4, kind="linear") == [.25, .5, .75, 1.]
+    assert (
+        supervised(4) == [1, 2, 3, 4]
+        and supervised(4, (-1, 1, 4)) == [1, 4]
+        and correction_weights(4, kind="linear") == [0.25, 0.5, 0.75, 1.0]
+    )
     for bad in ((5,), (0,), (-5,)):
         with pytest.raises(ConfigError):
             supervised(4, bad)
@@ -265,8 +356,19 @@ def test_supervised_iterations_and_weights_refuse_what_means_nothing():
 
 def test_a_training_step_with_an_implicit_gradient_can_be_counted():
     from get_nb.evaluation import training_cost
-    model = create_model("GET-digits/2", num_classes=10, state="normalized", gradient="implicit", solver="anderson", n_iter=3, adjoint_iter=2)
-    torch.nn.init.normal_(model.final_layer.linear.weight, std=.1)      # as initialised it gives no gradient: nothing to solve
+
+    model = create_model(
+        "GET-digits/2",
+        num_classes=10,
+        state="normalized",
+        gradient="implicit",
+        solver="anderson",
+        n_iter=3,
+        adjoint_iter=2,
+    )
+    torch.nn.init.normal_(
+        model.final_layer.linear.weight, std=0.1
+    )  # as initialised it gives no gradient: nothing to solve
     longer = with_options(model, adjoint_iter=6)
     shorter, more = (training_cost(m, DistillConfig(n_iter=3), 2)["train_gflop"] for m in (model, longer))
-    assert more > 1.1 * shorter                  # each product of the adjoint solver is counted
+    assert more > 1.1 * shorter  # each product of the adjoint solver is counted

@@ -1,4 +1,5 @@
 """The training engine: exact resume, several processes, precision, faults."""
+
 import contextlib
 import multiprocessing
 import os
@@ -20,27 +21,44 @@ from get_nb.lab.files import save_tensors
 from get_nb.lab.train import OPERATION, Stopped, TrainConfig, TrainingError, checkpoints, shares
 
 HERE = Path(__file__).parent
-ENV = dict(os.environ, OMP_NUM_THREADS="1", GET_NB_PROGRESS="off", PYTHONPATH=os.pathsep.join([str(HERE), *filter(None, sys.path)]))
+ENV = dict(
+    os.environ,
+    OMP_NUM_THREADS="1",
+    GET_NB_PROGRESS="off",
+    PYTHONPATH=os.pathsep.join([str(HERE), *filter(None, sys.path)]),
+)
 
 
 def start(folder, *args, processes=1, what="train"):
     "Start the toy in a process, or in several under torchrun."
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, "-m", "toy", what, str(folder), *args], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "toy", what, str(folder), *args],
+        env=ENV,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def fork(function, *args, **kw):
     "Run a function in a fork of this process, which has torch imported already."
-    process = multiprocessing.get_context("fork").Process(target=lambda: (torch.set_num_threads(1), function(*args, **kw)))
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: (torch.set_num_threads(1), function(*args, **kw))
+    )
     process.start()
     return process
 
 
 def crash(at):
     "A watcher that ends the run with an exception at a step."
+
     def watch(run):
         if run.step == at:
             raise ZeroDivisionError
+
     return watch
 
 
@@ -66,14 +84,14 @@ def full_disk(size):
 
 
 def test_two_processes_take_the_steps_of_one_and_one_goes_on_where_two_were_killed(alone, tmp_path):
-    process = start(tmp_path, "pause=0.05", processes=2)      # two processes, stopped in the middle ...
+    process = start(tmp_path, "pause=0.05", processes=2)  # two processes, stopped in the middle ...
     while not checkpoints(tmp_path / "state"):
-        time.sleep(.05)
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     stopped_at = int(checkpoints(tmp_path / "state")[0].stem[5:])
     assert 10 <= stopped_at < 50
-    ema, history = toy.fit(tmp_path / "state")                # ... and one that ends it
+    ema, history = toy.fit(tmp_path / "state")  # ... and one that ends it
     assert history["resumed_at"] == [stopped_at]
     assert all(abs(a / b - 1) < 1e-5 for a, b in zip(history["loss"], alone[1]["loss"])) and len(history["loss"]) == 50
     assert all((p - q).abs().max() < 1e-4 for p, q in zip(ema.parameters(), alone[0]))
@@ -91,10 +109,10 @@ def test_a_worker_that_dies_ends_the_job_with_the_reason_and_a_restart_goes_on(a
 def test_three_kills_at_random_moments_change_no_bit(alone, tmp_path):
     rng, newest = random.Random(0), lambda: max([int(p.stem[5:]) for p in checkpoints(tmp_path)], default=0)
     for _ in range(3):
-        before, process = newest(), fork(toy.fit, tmp_path, pause=.02)
+        before, process = newest(), fork(toy.fit, tmp_path, pause=0.02)
         while process.is_alive() and newest() == before:
-            time.sleep(.005)
-        time.sleep(rng.uniform(0, .15))
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.15))
         process.kill()
         process.join()
     ema, history = toy.fit(tmp_path)
@@ -105,6 +123,7 @@ def test_sigterm_leaves_a_checkpoint_of_the_very_step_and_code_143(alone, tmp_pa
     def terminate(run):
         if run.step == 33:
             os.kill(os.getpid(), signal.SIGTERM)
+
     with pytest.raises(Stopped) as stop:
         toy.fit(tmp_path, watch=terminate)
     assert stop.value.code == 143 and int(checkpoints(tmp_path)[0].stem[5:]) in (33, 34)
@@ -130,7 +149,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_all_damaged_means_from_the_start(
         path = checkpoints(tmp_path)[0]
         bad = bytearray(path.read_bytes())
         bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
-        path.write_bytes(bad if rng.random() < .7 else bad[:rng.randrange(len(bad))])
+        path.write_bytes(bad if rng.random() < 0.7 else bad[: rng.randrange(len(bad))])
         ema, _ = toy.fit(tmp_path)
         assert equal(ema.parameters(), alone[0]) and f"{path}: " in capsys.readouterr().err
     for path in checkpoints(tmp_path):
@@ -143,7 +162,13 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(alone, 
     def fill(run):
         if run.step == 25:
             limit.enter_context(full_disk(2000))
-    with contextlib.ExitStack() as limit, pytest.raises(TrainingError, match=r"checkpoint of step 30 cannot be written .* the last good checkpoint is .*step 20"):
+
+    with (
+        contextlib.ExitStack() as limit,
+        pytest.raises(
+            TrainingError, match=r"checkpoint of step 30 cannot be written .* the last good checkpoint is .*step 20"
+        ),
+    ):
         toy.fit(tmp_path, watch=fill)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010.safetensors", "step-00000020.safetensors"]
     assert equal(toy.fit(tmp_path)[0].parameters(), alone[0])
@@ -175,7 +200,7 @@ def test_low_precision_trains_resumes_exactly_and_ends_near_float32(alone, tmp_p
     with pytest.raises(ZeroDivisionError):
         toy.fit(tmp_path, precision=precision, watch=crash(25))
     assert equal(toy.fit(tmp_path, precision=precision)[0].parameters(), once.parameters())
-    assert history["loss"][-1] == pytest.approx(alone[1]["loss"][-1], rel=.05) and history["loss"] != alone[1]["loss"]
+    assert history["loss"][-1] == pytest.approx(alone[1]["loss"][-1], rel=0.05) and history["loss"] != alone[1]["loss"]
 
 
 def test_shares_cover_a_batch_once_in_order():
@@ -194,14 +219,23 @@ def test_the_tensorboard_log_holds_each_point_of_the_curve_once_also_after_a_res
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from get_nb.lab.launch import Watcher
-    look = lambda ema, step: dict(weight=next(ema.parameters()).norm(), grid=torch.zeros(4, 6, dtype=torch.uint8).numpy())
+
+    def look(ema, step):
+        return dict(weight=next(ema.parameters()).norm(), grid=torch.zeros(4, 6, dtype=torch.uint8).numpy())
+
     with pytest.raises(ZeroDivisionError):
         end, watcher = crash(37), Watcher(look, 10, tmp_path / "pictures", tmp_path / "board")
-        toy.fit(tmp_path / "state", log_every=5, watch=lambda run: watcher(run) if run.step != 35 else end(run) or 1 / 0)
-    _, history = toy.fit(tmp_path / "state", log_every=5, watch=Watcher(look, 10, tmp_path / "pictures", tmp_path / "board"))
+        toy.fit(
+            tmp_path / "state", log_every=5, watch=lambda run: watcher(run) if run.step != 35 else end(run) or 1 / 0
+        )
+    _, history = toy.fit(
+        tmp_path / "state", log_every=5, watch=Watcher(look, 10, tmp_path / "pictures", tmp_path / "board")
+    )
     log = EventAccumulator(str(tmp_path / "board"))
     log.Reload()
-    assert [(e.step, pytest.approx(e.value, rel=1e-5)) for e in log.Scalars("loss")] == list(zip(history["step"], history["loss"]))
+    assert [(e.step, pytest.approx(e.value, rel=1e-5)) for e in log.Scalars("loss")] == list(
+        zip(history["step"], history["loss"])
+    )
     assert {"lr", "weight"} <= set(log.Tags()["scalars"]) and "grid" in log.Tags()["images"]
     assert (tmp_path / "pictures/grid-00000050.png").is_file()
 
@@ -220,6 +254,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_pat
 
     def closed(path, mode="r", *args, **kw):
         raise PermissionError(13, "Permission denied")
+
     monkeypatch.setattr("get_nb.lab.files.open", closed, raising=False)
     with pytest.raises(FileError, match="step-00000020.safetensors: cannot be read: Permission denied"):
         toy.fit(tmp_path, steps=20)
@@ -236,5 +271,6 @@ def test_skipping_with_no_checkpoint_left_stops(tmp_path):
     def lose(run):
         for path in tmp_path.glob("step-*"):
             path.unlink()
+
     with pytest.raises(TrainingError, match="nothing to go back to"):
         toy.fit(tmp_path, on_bad="skip", poison=25, watch=lose)

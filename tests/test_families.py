@@ -1,4 +1,5 @@
 """The other one-step families: their costs are counted, their runs resume, their failures are said, their critics do not grade themselves."""
+
 import json
 import math
 
@@ -27,7 +28,9 @@ from get_nb.lab.checkpoints import create_teacher
 
 SHAPE = dict(num_classes=10, image_size=8, channels=1)
 DIGITS = load_data("digits")
-CFG = GanConfig(steps=6, batch_size=8, lr=1e-3, lr_critic=1e-3, checkpoint_every=2, log_every=2, monitor_every=2, r1_every=3)
+CFG = GanConfig(
+    steps=6, batch_size=8, lr=1e-3, lr_critic=1e-3, checkpoint_every=2, log_every=2, monitor_every=2, r1_every=3
+)
 
 
 def teacher():
@@ -57,13 +60,18 @@ def stopped(at, f=batch):
         if step == at:
             raise KeyboardInterrupt
         return f(step)
+
     return g
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    generate_pairs(teacher(), folder, PairsConfig(n=32, num_classes=10, shape=(1, 8, 8), num_steps=2, shard_size=16, batch_size=16, teacher="t"))
+    generate_pairs(
+        teacher(),
+        folder,
+        PairsConfig(n=32, num_classes=10, shape=(1, 8, 8), num_steps=2, shard_size=16, batch_size=16, teacher="t"),
+    )
     return PairDataset(folder)
 
 
@@ -78,41 +86,69 @@ def test_a_stopped_hybrid_ends_with_the_bits_of_one_that_was_not(pairs, tmp_path
         student = create_model("GET-digits/2", **SHAPE)
         if real:
             monkeypatch.setattr("get_nb.hybrid.real_batches", lambda *a: real)
-        return refine(student, critic(), pairs, DIGITS, CFG, DistillConfig(n_iter=2), 3., state_dir=folder, monitor=lambda m: 1.)
+        return refine(
+            student, critic(), pairs, DIGITS, CFG, DistillConfig(n_iter=2), 3.0, state_dir=folder, monitor=lambda m: 1.0
+        )
+
     _, once = run(tmp_path / "once", batch)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "twice", stopped(at))
     _, again = run(tmp_path / "twice", batch)
     assert same(*(load_tensors(checkpoints(tmp_path / f)[0])[0] for f in ("once", "twice")))
-    assert once["curves"] == again["curves"] and once["monitor"] == again["monitor"] and again["resumed_at"] == ([at // 2 * 2] if at > 1 else [])
+    assert (
+        once["curves"] == again["curves"]
+        and once["monitor"] == again["monitor"]
+        and again["resumed_at"] == ([at // 2 * 2] if at > 1 else [])
+    )
 
 
 def test_a_stopped_halving_goes_on_in_its_round_and_ends_the_same(tmp_path, monkeypatch):
     cfg, train_cfg = ProgressiveConfig(start=4), TrainConfig(steps=4, batch_size=8, checkpoint_every=2)
+
     def run(folder):
-        return {n: student.state_dict() for n, student, _, _ in distill_progressively(copy_denoiser(teacher()), DIGITS, cfg, train_cfg, state_dir=folder)}
+        return {
+            n: student.state_dict()
+            for n, student, _, _ in distill_progressively(
+                copy_denoiser(teacher()), DIGITS, cfg, train_cfg, state_dir=folder
+            )
+        }
+
     once, calls = run(tmp_path / "once"), []
     import get_nb.progressive as module
+
     real = module.progressive_batch
+
     def failing(*args):
         calls.append(args)
-        if len(calls) == 7:                    # step 2 of the second round
+        if len(calls) == 7:  # step 2 of the second round
             raise KeyboardInterrupt
         return real(*args)
+
     monkeypatch.setattr(module, "progressive_batch", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "twice")
     again = run(tmp_path / "twice")
-    assert len(calls) == 7 + 2 and all(same(once[n], again[n]) for n in (2, 1))      # the first round was not trained again
+    assert len(calls) == 7 + 2 and all(same(once[n], again[n]) for n in (2, 1))  # the first round was not trained again
 
 
 def test_progressive_distillation_without_classes_never_shows_a_label():
     seen = []
+
     class Spy(torch.nn.Module):
-        def __init__(self): super().__init__(); self.net = teacher()
-        def forward(self, x, sigma, labels=None): seen.append(labels); return self.net(x, sigma, labels)
-        def __deepcopy__(self, memo): return Spy()
-    for _ in distill_progressively(Spy(), DIGITS, ProgressiveConfig(start=2), TrainConfig(steps=2, batch_size=4), conditional=False):
+        def __init__(self):
+            super().__init__()
+            self.net = teacher()
+
+        def forward(self, x, sigma, labels=None):
+            seen.append(labels)
+            return self.net(x, sigma, labels)
+
+        def __deepcopy__(self, memo):
+            return Spy()
+
+    for _ in distill_progressively(
+        Spy(), DIGITS, ProgressiveConfig(start=2), TrainConfig(steps=2, batch_size=4), conditional=False
+    ):
         pass
     assert len(seen) == 6 and all(y is None for y in seen)
 
@@ -120,7 +156,15 @@ def test_progressive_distillation_without_classes_never_shows_a_label():
 def test_a_gan_state_of_another_run_is_refused(tmp_path):
     train_gan(generator(), critic(), batch, (1, 8, 8), 10, CFG, state_dir=tmp_path)
     with pytest.raises(FileError, match="made with r1_gamma"):
-        train_gan(generator(), critic(), batch, (1, 8, 8), 10, GanConfig(**{**CFG.__dict__, "r1_gamma": 1.}), state_dir=tmp_path)
+        train_gan(
+            generator(),
+            critic(),
+            batch,
+            (1, 8, 8),
+            10,
+            GanConfig(**{**CFG.__dict__, "r1_gamma": 1.0}),
+            state_dir=tmp_path,
+        )
 
 
 def test_training_against_a_critic_is_refused_under_torchrun(monkeypatch, tmp_path):
@@ -132,7 +176,8 @@ def test_training_against_a_critic_is_refused_under_torchrun(monkeypatch, tmp_pa
 
 def test_a_loss_that_is_no_number_stops_the_gan_and_names_step_and_checkpoint(tmp_path):
     def extra(model, step):
-        return torch.tensor(math.nan if step == 3 else 0.)
+        return torch.tensor(math.nan if step == 3 else 0.0)
+
     with pytest.raises(TrainingError, match=r"at step 3; the last good checkpoint is .*, step 2\. Lower lr"):
         train_gan(generator(), critic(), batch, (1, 8, 8), 10, CFG, extra, state_dir=tmp_path)
 
@@ -148,9 +193,11 @@ def test_gdd_i_leaves_frozen_layers_as_they_were_and_gdd_moves_them():
 
 def test_an_unconditional_generator_and_critic_train_without_labels():
     seen = []
+
     def monitor(model):
         seen.append(model(torch.zeros(1, 1, 8, 8), None).shape)
-        return 1.
+        return 1.0
+
     train_gan(generator(), critic(0), lambda step: (batch(step)[0], None), (1, 8, 8), 0, CFG, monitor=monitor)
     assert len(seen) == 3
 
@@ -159,8 +206,13 @@ def test_a_one_step_checkpoint_comes_back_as_what_it_was_with_its_family(tmp_pat
     model = generator()
     save_checkpoint(tmp_path / "s.safetensors", model, family="kd")
     again = load_checkpoint(tmp_path / "s.safetensors")
-    assert isinstance(again, OneStep) and family(again) == "kd" and family(model) == "vit" and same(model.state_dict(), again.state_dict())
-    assert cost(again)["evaluations"] == 1 and again.config["sigma_max"] == 80.
+    assert (
+        isinstance(again, OneStep)
+        and family(again) == "kd"
+        and family(model) == "vit"
+        and same(model.state_dict(), again.state_dict())
+    )
+    assert cost(again)["evaluations"] == 1 and again.config["sigma_max"] == 80.0
     with pytest.raises(ConfigError, match="did you mean 'unet-digits'"):
         create_one_step("unet-digit", **SHAPE)
 
@@ -171,18 +223,23 @@ def test_the_command_line_evaluates_a_one_step_student_and_refuses_it_steps(tmp_
     done = get_nb("evaluate", tmp_path / "s.safetensors", "--classifier", tmp_path / "c.safetensors", "--n", 100)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kind"] == "gdd"
-    done = get_nb("evaluate", tmp_path / "s.safetensors", "--classifier", tmp_path / "c.safetensors", "--n", 100, "--steps", 4)
+    done = get_nb(
+        "evaluate", tmp_path / "s.safetensors", "--classifier", tmp_path / "c.safetensors", "--n", 100, "--steps", 4
+    )
     assert done.returncode == 2 and "takes neither --steps" in done.stderr
 
 
 def test_a_backbone_takes_local_weights_and_refuses_missing_and_damaged_ones(tmp_path):
     import timm
     from safetensors.torch import save_file
+
     name = "tf_efficientnet_lite0"
     full = timm.create_model(name)
     save_file(full.state_dict(), tmp_path / f"{name}.safetensors")
     net = TimmPyramid(name, tmp_path, resolution=32).net
-    assert torch.equal(next(net.parameters()), full.conv_stem.weight) and not any(p.requires_grad for p in net.parameters())
+    assert torch.equal(next(net.parameters()), full.conv_stem.weight) and not any(
+        p.requires_grad for p in net.parameters()
+    )
     for bad in (b"", (tmp_path / f"{name}.safetensors").read_bytes()[:-1000]):
         (tmp_path / f"{name}.safetensors").write_bytes(bad)
         with pytest.raises(FileError, match=f"{name}.safetensors: cannot be loaded"):
@@ -218,7 +275,12 @@ def test_no_method_is_graded_by_the_network_it_was_trained_against():
         eyes = {s.inputs["eyes"] for s in stages.values() if "eyes" in s.inputs}
         judges = {s.inputs["classifier"] for s in stages.values() if s.notebook.stem == "evaluate"}
         assert eyes and judges and not eyes & judges
-        assert all(stages[e].params["seed"] != stages[j].params["seed"] and stages[e].params["overrides"] != stages[j].params["overrides"] for e in eyes for j in judges)
+        assert all(
+            stages[e].params["seed"] != stages[j].params["seed"]
+            and stages[e].params["overrides"] != stages[j].params["overrides"]
+            for e in eyes
+            for j in judges
+        )
 
 
 def test_the_families_that_are_compared_get_the_same_compute_and_three_rates_or_three_seeds():

@@ -1,4 +1,5 @@
 """The fast path: the same images, gradients and training as the model behind it, its compile that may fail, and what it refuses."""
+
 import os
 import subprocess
 import sys
@@ -22,15 +23,20 @@ from get_nb.lab.train import TrainConfig, checkpoints
 from get_nb.lab.checkpoints import create_teacher
 
 SMALL = dict(image_size=8, dim=64, depth=2, heads=4)
-GETS = dict(released={}, last=dict(tol=None, select="last", z0="zero"), normalized=dict(state="normalized"), tolerant=dict(tol=30.))
+GETS = dict(
+    released={},
+    last=dict(tol=None, select="last", z0="zero"),
+    normalized=dict(state="normalized"),
+    tolerant=dict(tol=30.0),
+)
 
 
 def awake(name="GET-T/2", num_classes=10, **overrides):
     seed_everything(0, name)
     model = create_model(name, num_classes=num_classes, **(SMALL | overrides)).eval()
-    for p in model.parameters():        # nothing zero, nothing one: a forgotten bias or gain would show
+    for p in model.parameters():  # nothing zero, nothing one: a forgotten bias or gain would show
         if p.requires_grad:
-            p.data.add_(.05 * torch.randn_like(p))
+            p.data.add_(0.05 * torch.randn_like(p))
     return model
 
 
@@ -49,7 +55,7 @@ def test_a_fast_get_makes_the_images_of_the_get(how, num_classes):
         z0 = torch.randn(len(noise), model.tokens, 64, generator=torch_rng("z0"))
         assert torch.allclose(Fast(model)(noise, labels), image, atol=1e-5)
         assert torch.allclose(Fast(model)(noise, labels, z0, n_iter=3), model(noise, labels, z0, n_iter=3), atol=1e-5)
-    assert (Fast(model, "bf16")(noise, labels) - image).abs().mean() < .05 * image.std()
+    assert (Fast(model, "bf16")(noise, labels) - image).abs().mean() < 0.05 * image.std()
 
 
 def test_a_fast_vit_makes_the_images_of_the_vit():
@@ -84,7 +90,7 @@ def test_sampling_in_bf16_sees_a_parameter_that_has_changed():
     assert torch.equal(before, fast(noise, labels))
     with torch.no_grad():
         model.final_layer.linear.bias += 1
-    assert (fast(noise, labels) - before).mean() == pytest.approx(1, abs=.05)
+    assert (fast(noise, labels) - before).mean() == pytest.approx(1, abs=0.05)
 
 
 def test_fast_owns_no_parameters_and_leaves_the_state_dict_alone():
@@ -93,7 +99,9 @@ def test_fast_owns_no_parameters_and_leaves_the_state_dict_alone():
     fast = Fast(model, "bf16")
     noise, labels = batch(model)
     distill_loss(fast, noise, labels, noise, DistillConfig()).backward()
-    assert list(model.state_dict()) == names and all(p.dtype == torch.float32 and (p.grad is None or p.grad.dtype == torch.float32) for p in model.parameters())
+    assert list(model.state_dict()) == names and all(
+        p.dtype == torch.float32 and (p.grad is None or p.grad.dtype == torch.float32) for p in model.parameters()
+    )
     assert {id(p) for p in fast.parameters()} == {id(p) for p in model.parameters()}
 
 
@@ -101,22 +109,26 @@ def test_a_training_step_keeps_less_memory_than_the_reference_and_half_of_it_in_
     model = awake(dim=128)
     kept = {p: training_cost(Fast(model, p), DistillConfig(), 32)["activation_mb"] for p in ("float32", "bf16")}
     reference = training_cost(model, DistillConfig(), 32)["activation_mb"]
-    assert kept["float32"] <= .8 * reference and kept["bf16"] <= .5 * reference, (kept, reference)
+    assert kept["float32"] <= 0.8 * reference and kept["bf16"] <= 0.5 * reference, (kept, reference)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, .02)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("bias, add, gelu", [(True, False, False), (True, True, True), (False, True, False)])
 def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, wide, bias, add, gelu):
     n, d, e = (24, 16, 40) if wide else (24, 40, 16)
-    x, w, b, a = (torch.randn(*s, generator=torch_rng(str(s)), requires_grad=True) for s in ((n, d), (e, d), (e,), (n, e)))
+    x, w, b, a = (
+        torch.randn(*s, generator=torch_rng(str(s)), requires_grad=True) for s in ((n, d), (e, d), (e,), (n, e))
+    )
     inputs = [x, w, *[b] * bias, *[a] * add]
 
     def formula():
         return (torch.nn.functional.gelu(x) if gelu else x) @ w.T + b * bias + a * add
 
     def ours():
-        return Linear.apply(x.to(dtype), w.to(dtype), b.to(dtype) if bias else None, a.to(dtype) if add else None, gelu).float()
+        return Linear.apply(
+            x.to(dtype), w.to(dtype), b.to(dtype) if bias else None, a.to(dtype) if add else None, gelu
+        ).float()
 
     wanted, got = formula(), ours()
     assert (got - wanted).norm() < tolerance * wanted.norm()
@@ -125,13 +137,18 @@ def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, wide, bias
         assert (ours_ - formula_).norm() < tolerance * formula_.norm()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, .02)])
-@pytest.mark.parametrize("tokens", [16, 400])        # 400: one and a half images at a time
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("tokens", [16, 400])  # 400: one and a half images at a time
 def test_attention_in_parts_is_attention(dtype, tolerance, tokens):
     q, k, v = (torch.randn(5, 4, tokens, 8, generator=torch_rng(n), requires_grad=True) for n in "qkv")
-    wanted, got = torch.nn.functional.scaled_dot_product_attention(q, k, v), attention(q.to(dtype), k.to(dtype), v.to(dtype)).float()
+    wanted, got = (
+        torch.nn.functional.scaled_dot_product_attention(q, k, v),
+        attention(q.to(dtype), k.to(dtype), v.to(dtype)).float(),
+    )
     grad = torch.randn(wanted.shape, generator=torch_rng("grad"))
-    for ours, fused in zip((got, *torch.autograd.grad(got, (q, k, v), grad)), (wanted, *torch.autograd.grad(wanted, (q, k, v), grad))):
+    for ours, fused in zip(
+        (got, *torch.autograd.grad(got, (q, k, v), grad)), (wanted, *torch.autograd.grad(wanted, (q, k, v), grad))
+    ):
         assert (ours - fused).norm() < tolerance * fused.norm()
 
 
@@ -146,12 +163,14 @@ def test_the_compiled_model_makes_the_same_images():
 
 def test_without_a_compiler_it_says_so_in_one_line_and_runs(capsys, monkeypatch):
     import torch._inductor.config as inductor
+
     monkeypatch.setattr(inductor.cpp, "cxx", ("/nonexistent/g++",))
     monkeypatch.setattr(inductor, "force_disable_caches", True)
 
     def double(x):
         return 2 * x.sin() + 1
-    f, x = Compiled(double), torch.arange(64.)
+
+    f, x = Compiled(double), torch.arange(64.0)
     assert torch.allclose(f(x), double(x)) and torch.allclose(f(x), double(x))
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "runs without it" in said and "double" in said
@@ -188,14 +207,24 @@ def test_fifty_fast_steps_in_float32_have_the_losses_of_the_plain_ones(trained, 
 
 
 def test_a_fast_vit_has_the_losses_of_the_plain_one(toy_pairs, tmp_path):
-    plain, fast = (losses(toy_pairs, tmp_path / str(fast), name="ViT-digits/2", fast=fast, steps=20) for fast in (False, True))
+    plain, fast = (
+        losses(toy_pairs, tmp_path / str(fast), name="ViT-digits/2", fast=fast, steps=20) for fast in (False, True)
+    )
     assert np.abs(fast / plain - 1).max() < 1e-4
 
 
 @pytest.mark.parametrize("constant_memory", [False, True])
 def test_a_student_learns_in_bf16(toy_pairs, tmp_path, constant_memory):
-    half = losses(toy_pairs, tmp_path / "half", fast=True, precision="bf16", lr=3e-3, batch_size=32, options=dict(constant_memory=constant_memory))
-    assert half[-5:].mean() < .6 * half[:5].mean()
+    half = losses(
+        toy_pairs,
+        tmp_path / "half",
+        fast=True,
+        precision="bf16",
+        lr=3e-3,
+        batch_size=32,
+        options=dict(constant_memory=constant_memory),
+    )
+    assert half[-5:].mean() < 0.6 * half[:5].mean()
 
 
 def test_a_run_goes_on_plain_where_it_stopped_fast(trained, toy_pairs, tmp_path):
@@ -211,27 +240,49 @@ def test_two_processes_take_the_fast_steps_of_one(toy_pairs, tmp_path):
     two.mkdir()
     (two / "pairs").symlink_to(toy_pairs / "pairs")
     here = str(Path(__file__).parent)
-    env = dict(os.environ, OMP_NUM_THREADS="1", GET_NB_PROGRESS="off", PYTHONPATH=os.pathsep.join([here, *filter(None, sys.path)]))
+    env = dict(
+        os.environ,
+        OMP_NUM_THREADS="1",
+        GET_NB_PROGRESS="off",
+        PYTHONPATH=os.pathsep.join([here, *filter(None, sys.path)]),
+    )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([sys.executable, *launcher, "-m", "toy", "student", str(two), "fast=true", "steps=10"], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "toy", "student", str(two), "fast=true", "steps=10"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     history = toy.student(two, fast=True, steps=10)[1]
     assert history["resumed_at"] == [10] and np.abs(np.array(history["loss"]) / one - 1).max() < 1e-5
 
 
-@pytest.mark.parametrize("student,loss,train,said", [
-    ({}, {}, dict(precision="fp16"), "bf16 or float32"),
-    ({}, {}, dict(compile="max-autotune"), "mode 'default' only"),
-    ({}, dict(residual=.1), {}, "penalties"),
-    (dict(gradient="phantom"), {}, {}, "gradient = 'unrolled' only, not 'phantom'"),
-    (dict(injection="adaln"), {}, {}, "injection = 'additive' only, not 'adaln'"),
-    (dict(shared=False), {}, {}, "shared = True only, not False"),
-    (dict(weight_norm="weight"), {}, {}, "weight_norm = 'none' only"),
-])
-def test_what_cannot_be_trained_fast_is_refused_in_one_line_before_anything_is_written(toy_pairs, tmp_path, student, loss, train, said):
+@pytest.mark.parametrize(
+    "student,loss,train,said",
+    [
+        ({}, {}, dict(precision="fp16"), "bf16 or float32"),
+        ({}, {}, dict(compile="max-autotune"), "mode 'default' only"),
+        ({}, dict(residual=0.1), {}, "penalties"),
+        (dict(gradient="phantom"), {}, {}, "gradient = 'unrolled' only, not 'phantom'"),
+        (dict(injection="adaln"), {}, {}, "injection = 'additive' only, not 'adaln'"),
+        (dict(shared=False), {}, {}, "shared = True only, not False"),
+        (dict(weight_norm="weight"), {}, {}, "weight_norm = 'none' only"),
+    ],
+)
+def test_what_cannot_be_trained_fast_is_refused_in_one_line_before_anything_is_written(
+    toy_pairs, tmp_path, student, loss, train, said
+):
     model = create_model("GET-digits/2", num_classes=10, image_size=8, channels=1, **student)
     with pytest.raises(ConfigError) as e:
-        distill(model, toy.PairDataset(toy_pairs / "pairs"), DistillConfig(**loss), TrainConfig(steps=1, **train), tmp_path / "state", fast=True)
+        distill(
+            model,
+            toy.PairDataset(toy_pairs / "pairs"),
+            DistillConfig(**loss),
+            TrainConfig(steps=1, **train),
+            tmp_path / "state",
+            fast=True,
+        )
     assert said in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "state").exists()
 
 
@@ -245,22 +296,30 @@ def test_autocast_outside_does_not_reach_the_fast_path():
     noise, labels = batch(model)
     image = Fast(model)(noise, labels)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(Fast(model)(noise, labels), image) and torch.equal(Fast(model).unrolled(noise, labels)[-1], Fast(model).unrolled(noise, labels)[-1].float())
+        assert torch.equal(Fast(model)(noise, labels), image) and torch.equal(
+            Fast(model).unrolled(noise, labels)[-1], Fast(model).unrolled(noise, labels)[-1].float()
+        )
 
 
 def test_constant_memory_has_the_same_gradients_and_half_the_references_memory():
     model = awake(dim=128)
     noise, labels = batch(model, 8)
     gradients, peak = {}, {}
-    for name, run in dict(reference=model, constant=Fast(with_options(model, constant_memory=True)), half=Fast(with_options(model, constant_memory=True, slots=1), "bf16")).items():
+    for name, run in dict(
+        reference=model,
+        constant=Fast(with_options(model, constant_memory=True)),
+        half=Fast(with_options(model, constant_memory=True, slots=1), "bf16"),
+    ).items():
         model.zero_grad()
         with LiveMemory() as live:
             distill_loss(run, noise, labels, noise, DistillConfig()).backward()
         gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         peak[name] = live.peak
-    error = {k: ((g - gradients["reference"]).norm() / gradients["reference"].norm()).item() for k, g in gradients.items()}
-    assert error["constant"] < 1e-5 and error["half"] < .1, error
-    assert peak["half"] <= .5 * peak["reference"], peak
+    error = {
+        k: ((g - gradients["reference"]).norm() / gradients["reference"].norm()).item() for k, g in gradients.items()
+    }
+    assert error["constant"] < 1e-5 and error["half"] < 0.1, error
+    assert peak["half"] <= 0.5 * peak["reference"], peak
 
 
 def test_sampling_in_bf16_changes_images_a_little_and_counted_cost_not_at_all(tmp_path):
@@ -269,7 +328,7 @@ def test_sampling_in_bf16_changes_images_a_little_and_counted_cost_not_at_all(tm
     for model in (student, awake("ViT-S/2"), teacher):
         how = dict(num_steps=3) if isinstance(model, EDMPrecond) else {}
         image, other = (generate(model, noise, labels, precision=p, **how) for p in ("float32", "bf16"))
-        assert other.dtype == torch.float32 and 0 < (other - image).abs().mean() < .05 * image.std()
+        assert other.dtype == torch.float32 and 0 < (other - image).abs().mean() < 0.05 * image.std()
         assert cost(model, precision="bf16", **how) == cost(model, **how)
     save_checkpoint(tmp_path / "g.safetensors", student)
     for p in ("float32", "bf16"):
@@ -282,7 +341,7 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     model = awake()
     noise, labels = batch(model, 2)
     image = Fast(model).unrolled(noise.requires_grad_(), labels, n_iter=2)[-1]
-    grad, = torch.autograd.grad(image.sum(), noise, create_graph=True)
+    (grad,) = torch.autograd.grad(image.sum(), noise, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
 

@@ -1,4 +1,5 @@
 """Hostile and broken foreign files: refused, named, and never obeyed. A canary file proves that nothing ran."""
+
 import functools
 import importlib
 import io
@@ -35,12 +36,13 @@ from get_nb.lab.reader import read_torch
 from get_nb.lab.checkpoints import create_teacher
 
 DATA = Path(__file__).parent / "data"
-CANARY = "CANARY"           # replaced by the path of a file that must not appear
+CANARY = "CANARY"  # replaced by the path of a file that must not appear
 TOUCH = f"open({CANARY!r}, 'w').close()"
 
 
 class Calls:
     "Pickles to a call of `function` with `args`."
+
     def __init__(self, function, *args):
         self.function, self.args = function, args
 
@@ -92,25 +94,47 @@ PROGRAMS = {
     "OBJ": b"(cposix\nsystem\nS'touch " + CANARY.encode() + b"'\no.",
     "NEWOBJ": op(b"\x8c\x05posix\x8c\x06system\x93", uni(CANARY), b"\x85\x81"),
     "NEWOBJ_EX": op(b"\x8c\x0bcollections\x8c\x0bOrderedDict\x93)}\x92"),
-    "EXT1": op(b"\x82\x01"), "EXT2": op(b"\x83\x01\x00"), "EXT4": op(b"\x84\x01\x00\x00\x00"),
-    "PERSID": b"Posix\n.", "BINPERSID": op(uni("storage"), b"Q"),
+    "EXT1": op(b"\x82\x01"),
+    "EXT2": op(b"\x83\x01\x00"),
+    "EXT4": op(b"\x84\x01\x00\x00\x00"),
+    "PERSID": b"Posix\n.",
+    "BINPERSID": op(uni("storage"), b"Q"),
     "BUILD on a name": op(b"\x8c\x0bcollections\x8c\x0bOrderedDict\x93}\x8c\x08__init__K\x01sb"),
     "BUILD twice": op(b"\x8c\x08argparse\x8c\x09Namespace\x93)\x81}b}b"),
     "call of a call": op(b"\x8c\x0bcollections\x8c\x0bOrderedDict\x93)R)R"),
-    "a list as a key": op(b"}]K\x01s"), "a name as a key": op(b"}\x8c\x0bcollections\x8c\x0bOrderedDict\x93K\x01s"),
-    "append to a dictionary": op(b"}K\x01a"), "set an item of a list": op(b"]K\x01K\x02s"),
-    "memo of nothing": op(b"h\x05"), "pop of an empty stack": op(b"0"), "no mark": op(b"K\x01t"),
-    "string that is not utf-8": op(b"\x8c\x02\xff\xfe"), "length of 2^63": op(b"\x8d" + struct.pack("<Q", 2**63)), "bytes that are not there": op(b"B\xff\xff\xff\x7f"),
-    "BYTEARRAY8": op(b"\x96" + struct.pack("<Q", 2**40)), "NEXT_BUFFER": op(b"\x97"), "INT of many digits": b"I" + b"9" * 5000 + b"\n.",
-    "DUP": op(b"K\x012"), "POP_MARK": op(b"(K\x011"), "a name that is memoised and called later": op(b"\x8c\x05posix\x8c\x06system\x93\x940h\x00", uni(CANARY), b"\x85R"),
-    "a namespace that holds itself": op(b"\x8c\x08argparse\x8c\x09Namespace\x93)\x81\x94}\x8c\x01ah\x00sb"), "an allowed name with a callable for an argument": op(b"\x8c\x0bcollections\x8c\x0bOrderedDict\x93\x8c\x05posix\x8c\x06system\x93\x85R"),
-    "a list that holds itself": op(b"]\x94h\x00a"), "a dictionary that holds itself": op(b"}\x94\x8c\x01ah\x00s"),
+    "a list as a key": op(b"}]K\x01s"),
+    "a name as a key": op(b"}\x8c\x0bcollections\x8c\x0bOrderedDict\x93K\x01s"),
+    "append to a dictionary": op(b"}K\x01a"),
+    "set an item of a list": op(b"]K\x01K\x02s"),
+    "memo of nothing": op(b"h\x05"),
+    "pop of an empty stack": op(b"0"),
+    "no mark": op(b"K\x01t"),
+    "string that is not utf-8": op(b"\x8c\x02\xff\xfe"),
+    "length of 2^63": op(b"\x8d" + struct.pack("<Q", 2**63)),
+    "bytes that are not there": op(b"B\xff\xff\xff\x7f"),
+    "BYTEARRAY8": op(b"\x96" + struct.pack("<Q", 2**40)),
+    "NEXT_BUFFER": op(b"\x97"),
+    "INT of many digits": b"I" + b"9" * 5000 + b"\n.",
+    "DUP": op(b"K\x012"),
+    "POP_MARK": op(b"(K\x011"),
+    "a name that is memoised and called later": op(b"\x8c\x05posix\x8c\x06system\x93\x940h\x00", uni(CANARY), b"\x85R"),
+    "a namespace that holds itself": op(b"\x8c\x08argparse\x8c\x09Namespace\x93)\x81\x94}\x8c\x01ah\x00sb"),
+    "an allowed name with a callable for an argument": op(
+        b"\x8c\x0bcollections\x8c\x0bOrderedDict\x93\x8c\x05posix\x8c\x06system\x93\x85R"
+    ),
+    "a list that holds itself": op(b"]\x94h\x00a"),
+    "a dictionary that holds itself": op(b"}\x94\x8c\x01ah\x00s"),
     "nested 100,000 deep": op(b"]" * 100_000 + b"a" * 99_999),
-    "a tuple nested 100,000 deep for a key": op(b"})" + b"\x85" * 100_000 + b"K\x01s"), "a name nested 100,000 deep": op(b")" + b"\x85" * 100_000 + b"K\x01\x93"),
-    "a tuple doubled 60 times for a key": op(b"}", doubled(60), b"K\x01s"), "a tuple doubled 60 times for a name": op(doubled(60), b"K\x01\x93"),
-    "a tuple doubled 200 times": op(b"}\x8c\x03ema", doubled(200), b"s"), "a tuple of more than there is": op(b"K\x01\x86"),
-    "a name of a million letters": op(b"X" + struct.pack("<I", 10**6) + b"a" * 10**6, uni("x"), b"\x93"), "LONG4": op(b"\x8b" + struct.pack("<i", 9) + b"\x01" * 9),
-    "nothing": b"", "only text": b"hello, I am not a pickle at all, but quite long",
+    "a tuple nested 100,000 deep for a key": op(b"})" + b"\x85" * 100_000 + b"K\x01s"),
+    "a name nested 100,000 deep": op(b")" + b"\x85" * 100_000 + b"K\x01\x93"),
+    "a tuple doubled 60 times for a key": op(b"}", doubled(60), b"K\x01s"),
+    "a tuple doubled 60 times for a name": op(doubled(60), b"K\x01\x93"),
+    "a tuple doubled 200 times": op(b"}\x8c\x03ema", doubled(200), b"s"),
+    "a tuple of more than there is": op(b"K\x01\x86"),
+    "a name of a million letters": op(b"X" + struct.pack("<I", 10**6) + b"a" * 10**6, uni("x"), b"\x93"),
+    "LONG4": op(b"\x8b" + struct.pack("<i", 9) + b"\x01" * 9),
+    "nothing": b"",
+    "only text": b"hello, I am not a pickle at all, but quite long",
 }
 
 
@@ -124,7 +148,7 @@ def check(load, path, canary, kind=FileError):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)          # the programs touch a file named CANARY in the working directory
+    monkeypatch.chdir(tmp_path)  # the programs touch a file named CANARY in the working directory
     return tmp_path
 
 
@@ -142,29 +166,40 @@ def test_the_canary_sings_when_a_pickle_is_loaded_the_usual_way(here):
 def test_a_hostile_pickle_is_refused_in_every_place_it_can_hide(name, here):
     program, canary, path = PROGRAMS[name], here / CANARY, here / "evil.pkl"
     path.write_bytes(program)
-    check(load_edm_pickle, path, canary)                                    # as an EDM pickle
-    check(read_torch, path, canary)                                         # as a torch file of the older layout
-    head = b"".join(pickle.dumps(v, 2) for v in (0x1950a86a20f9469cfc6c, 1001, dict(little_endian=True)))
+    check(load_edm_pickle, path, canary)  # as an EDM pickle
+    check(read_torch, path, canary)  # as a torch file of the older layout
+    head = b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, dict(little_endian=True)))
     path.write_bytes(head + program)
-    check(read_torch, path, canary)                                         # as its object
+    check(read_torch, path, canary)  # as its object
     nested = pickle.dumps(Calls(torch.storage._load_from_bytes, head + program))
     path.write_bytes(nested)
-    check(load_edm_pickle, path, canary)                                    # as a torch file nested in a pickle
+    check(load_edm_pickle, path, canary)  # as a torch file nested in a pickle
     with zipfile.ZipFile(path, "w") as z:
         z.writestr("archive/data.pkl", program)
-    check(load_reference_get, path, canary)                                 # as the pickle of a zip file
+    check(load_reference_get, path, canary)  # as the pickle of a zip file
     released.write_pairs(here / "src", ["9"], 2, 10)
     latent = here / "src/latent/9.pkl"
     latent.write_bytes(path.read_bytes())
-    check(lambda _: import_reference_pairs(here / "src", here / "out"), latent, canary)      # as released pairs, zip
+    check(lambda _: import_reference_pairs(here / "src", here / "out"), latent, canary)  # as released pairs, zip
     latent.write_bytes(head + program)
-    check(lambda _: import_reference_pairs(here / "src", here / "out"), latent, canary)      # and older
+    check(lambda _: import_reference_pairs(here / "src", here / "out"), latent, canary)  # and older
     path.write_bytes(program)
-    check(lambda p: cifar_batch(p, None), path, canary)                     # as a file of CIFAR-10, were its checksum not looked at
+    check(lambda p: cifar_batch(p, None), path, canary)  # as a file of CIFAR-10, were its checksum not looked at
     assert not (here / "out").exists()
 
 
-BROKEN = {"a tuple of more than there is", "memo of nothing", "no mark", "string that is not utf-8", "length of 2^63", "bytes that are not there", "BYTEARRAY8", "INT of many digits", "nothing", "only text"}
+BROKEN = {
+    "a tuple of more than there is",
+    "memo of nothing",
+    "no mark",
+    "string that is not utf-8",
+    "length of 2^63",
+    "bytes that are not there",
+    "BYTEARRAY8",
+    "INT of many digits",
+    "nothing",
+    "only text",
+}
 
 
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in BROKEN])
@@ -184,8 +219,10 @@ STATES = {
     "a wrong shape": lambda s: s | {"blocks.0.norm1.bias": torch.zeros(65)},
     "a missing key": lambda s: {k: v for k, v in s.items() if "qkv_inj" not in k},
     "a surplus key": lambda s: s | {"more": torch.zeros(2)},
-    "whole numbers for weights": lambda s: {k: v.long() for k, v in s.items()}, "truths for weights": lambda s: {k: v > 0 for k, v in s.items()},
-    "no tokens": lambda s: s | {"pos_embed": torch.zeros(1, 0, 64)}, "no channels": lambda s: s | {"x_embedder.proj.weight": torch.zeros(64, 0, 2, 2)},
+    "whole numbers for weights": lambda s: {k: v.long() for k, v in s.items()},
+    "truths for weights": lambda s: {k: v > 0 for k, v in s.items()},
+    "no tokens": lambda s: s | {"pos_embed": torch.zeros(1, 0, 64)},
+    "no channels": lambda s: s | {"x_embedder.proj.weight": torch.zeros(64, 0, 2, 2)},
     "a name of a million letters": lambda s: s | {"x" * 10**6: "text"},
     "a text for a tensor": lambda s: s | {"pos_embed": "text"},
     "no tensor at all": lambda s: {},
@@ -210,12 +247,16 @@ def rewrite(source, target, change):
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 ZIPS = {
-    "a compressed storage (bomb)": lambda n, d: [(n, bytes(len(d)), DEFLATED)] if n.endswith("data/0") else [(n, d, STORED)],
+    "a compressed storage (bomb)": lambda n, d: (
+        [(n, bytes(len(d)), DEFLATED)] if n.endswith("data/0") else [(n, d, STORED)]
+    ),
     "a storage too short": lambda n, d: [(n, d[:-4], STORED)] if n.endswith("data/0") else [(n, d, STORED)],
     "a storage too long": lambda n, d: [(n, d + b"0000", STORED)] if n.endswith("data/0") else [(n, d, STORED)],
     "a missing storage": lambda n, d: [] if n.endswith("data/0") else [(n, d, STORED)],
     "no pickle": lambda n, d: [] if n.endswith("data.pkl") else [(n, d, STORED)],
-    "two pickles": lambda n, d: [(n, d, STORED), ("other/data.pkl", d, STORED)] if n.endswith("data.pkl") else [(n, d, STORED)],
+    "two pickles": lambda n, d: (
+        [(n, d, STORED), ("other/data.pkl", d, STORED)] if n.endswith("data.pkl") else [(n, d, STORED)]
+    ),
     "a big-endian archive": lambda n, d: [(n, b"big", STORED)] if n.endswith("byteorder") else [(n, d, STORED)],
 }
 
@@ -233,17 +274,36 @@ def test_members_of_one_name_and_paths_that_climb_write_nothing(here):
     rewrite(here / "good.pth", here / "bad.pth", lambda n, d: [(n, d, STORED)] * (2 if n.endswith("data/0") else 1))
     check(load_reference_get, here / "bad.pth", here / CANARY, UnsafeFileError)
     before = sorted(p.name for p in here.iterdir())
-    rewrite(here / "good.pth", here / "climb.pth", lambda n, d: [(n, d, STORED), ("../../escaped", b"x", STORED)] if n.endswith("/version") else [(n, d, STORED)])
-    load_reference_get(here / "climb.pth")                                   # nothing is ever extracted: the member is not even looked at
-    assert sorted(p.name for p in here.iterdir()) == sorted([*before, "climb.pth"]) and not (here.parent.parent / "escaped").exists()
+    rewrite(
+        here / "good.pth",
+        here / "climb.pth",
+        lambda n, d: [(n, d, STORED), ("../../escaped", b"x", STORED)] if n.endswith("/version") else [(n, d, STORED)],
+    )
+    load_reference_get(here / "climb.pth")  # nothing is ever extracted: the member is not even looked at
+    assert (
+        sorted(p.name for p in here.iterdir()) == sorted([*before, "climb.pth"])
+        and not (here.parent.parent / "escaped").exists()
+    )
 
 
 def tensor_pickle(offset, size, stride, n=6):
     "A zip archive whose one tensor claims this view of a storage of 6 floats."
+
     def write(path):
-        torch.save(dict(ema=dict(w=torch.arange(6.))), path.with_suffix(".good"))
-        body = b"\x80\x02}X\x03\x00\x00\x00ema}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + number(n) + b"tQ" + number(offset) + tuple_of(size) + tuple_of(stride) + b"\x89ccollections\nOrderedDict\n)RtRss."
-        rewrite(path.with_suffix(".good"), path, lambda name, d: [(name, body if name.endswith("data.pkl") else d, STORED)])
+        torch.save(dict(ema=dict(w=torch.arange(6.0))), path.with_suffix(".good"))
+        body = (
+            b"\x80\x02}X\x03\x00\x00\x00ema}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+            + number(n)
+            + b"tQ"
+            + number(offset)
+            + tuple_of(size)
+            + tuple_of(stride)
+            + b"\x89ccollections\nOrderedDict\n)RtRss."
+        )
+        rewrite(
+            path.with_suffix(".good"), path, lambda name, d: [(name, body if name.endswith("data.pkl") else d, STORED)]
+        )
+
     return write
 
 
@@ -257,10 +317,19 @@ def tuple_of(values):
 
 
 VIEWS = {
-    "more than the storage": (0, (7,), (1,)), "an offset outside": (6, (1,), (1,)), "a negative offset": (-1, (2,), (1,)), "a negative size": (0, (-2,), (1,)), "a negative stride": (0, (2,), (-1,)),
-    "a stride outside": (0, (2, 2), (5, 5)), "a repeated storage (bomb)": (0, (2**30, 2**30), (0, 0)), "sizes that overflow": (0, (2**61, 2**61), (1, 1)), "strides that overflow": (0, (2, 2), (2**63, 1)),
-    "no elements, sizes that overflow": (0, (2**40, 2**40, 0), (1, 1, 1)), "no elements, an offset far outside": (2**60, (0,), (1,)),
-    "another number of strides": (0, (2, 3), (1,)), "nine dimensions": (0, (1,) * 9, (1,) * 9),
+    "more than the storage": (0, (7,), (1,)),
+    "an offset outside": (6, (1,), (1,)),
+    "a negative offset": (-1, (2,), (1,)),
+    "a negative size": (0, (-2,), (1,)),
+    "a negative stride": (0, (2,), (-1,)),
+    "a stride outside": (0, (2, 2), (5, 5)),
+    "a repeated storage (bomb)": (0, (2**30, 2**30), (0, 0)),
+    "sizes that overflow": (0, (2**61, 2**61), (1, 1)),
+    "strides that overflow": (0, (2, 2), (2**63, 1)),
+    "no elements, sizes that overflow": (0, (2**40, 2**40, 0), (1, 1, 1)),
+    "no elements, an offset far outside": (2**60, (0,), (1,)),
+    "another number of strides": (0, (2, 3), (1,)),
+    "nine dimensions": (0, (1,) * 9, (1,) * 9),
 }
 
 
@@ -273,32 +342,56 @@ def test_a_tensor_that_claims_what_its_storage_does_not_hold_is_refused(name, he
 
 def test_the_handmade_tensor_is_read_when_it_is_honest(here):
     tensor_pickle(1, (2, 2), (2, 1))(here / "t.pth")
-    assert read_torch(here / "t.pth")["ema"]["w"].tolist() == [[1., 2.], [3., 4.]]
-    tensor_pickle(0, (6,), (1,), n=7)(here / "t.pth")                        # a storage that is said to be larger than it is
+    assert read_torch(here / "t.pth")["ema"]["w"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    tensor_pickle(0, (6,), (1,), n=7)(here / "t.pth")  # a storage that is said to be larger than it is
     with pytest.raises(FileError, match="t.pth"):
         read_torch(here / "t.pth")
 
 
 def legacy(body, n=6):
     "A torch file of the older layout: a pickle, and one storage of six floats that is said to hold n."
-    head = b"".join(pickle.dumps(v, 2) for v in (0x1950a86a20f9469cfc6c, 1001, dict(little_endian=True)))
+    head = b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, dict(little_endian=True)))
     return head + op(body) + pickle.dumps(["0"], 2) + struct.pack("<q", n) + np.arange(6, dtype=np.float32).tobytes()
 
 
 def storage(n=6):
-    return b"(" + uni("storage") + uni("torch") + uni("FloatStorage") + b"\x93" + uni("0") + uni("cpu") + number(n) + b"tQ"
+    return (
+        b"(" + uni("storage") + uni("torch") + uni("FloatStorage") + b"\x93" + uni("0") + uni("cpu") + number(n) + b"tQ"
+    )
 
 
 def rebuilt(inner, size=(2,), stride=(1,)):
-    return uni("torch._utils") + uni("_rebuild_tensor_v2") + b"\x93(" + inner + number(0) + tuple_of(size) + tuple_of(stride) + b"tR"
+    return (
+        uni("torch._utils")
+        + uni("_rebuild_tensor_v2")
+        + b"\x93("
+        + inner
+        + number(0)
+        + tuple_of(size)
+        + tuple_of(stride)
+        + b"tR"
+    )
 
 
 ODD = {
-    "a tensor without dimensions for a storage": rebuilt(rebuilt(storage(), (), ()), (), ()), "a matrix for a storage": rebuilt(rebuilt(storage(), (2, 3), (3, 1))),
-    "a text for a storage": rebuilt(uni("0")), "a state for a tensor": rebuilt(storage()) + b"}b", "items for a tensor": rebuilt(storage()) + b"K\x01K\x02s",
-    "a tensor for the state of a namespace": uni("argparse") + uni("Namespace") + b"\x93)\x81" + rebuilt(storage()) + b"b",
-    "a tensor for the items of a dictionary": uni("collections") + uni("OrderedDict") + b"\x93" + rebuilt(storage()) + b"\x85R",
-    "parameters of parameters": (uni("torch._utils") + uni("_rebuild_parameter") + b"\x93") * 99 + rebuilt(storage()) + b"\x85R" * 99,
+    "a tensor without dimensions for a storage": rebuilt(rebuilt(storage(), (), ()), (), ()),
+    "a matrix for a storage": rebuilt(rebuilt(storage(), (2, 3), (3, 1))),
+    "a text for a storage": rebuilt(uni("0")),
+    "a state for a tensor": rebuilt(storage()) + b"}b",
+    "items for a tensor": rebuilt(storage()) + b"K\x01K\x02s",
+    "a tensor for the state of a namespace": uni("argparse")
+    + uni("Namespace")
+    + b"\x93)\x81"
+    + rebuilt(storage())
+    + b"b",
+    "a tensor for the items of a dictionary": uni("collections")
+    + uni("OrderedDict")
+    + b"\x93"
+    + rebuilt(storage())
+    + b"\x85R",
+    "parameters of parameters": (uni("torch._utils") + uni("_rebuild_parameter") + b"\x93") * 99
+    + rebuilt(storage())
+    + b"\x85R" * 99,
     "a torch file in a torch file": uni("torch.storage") + uni("_load_from_bytes") + b"\x93B\x00\x00\x00\x00\x85R",
 }
 
@@ -307,7 +400,7 @@ ODD = {
 def test_a_tensor_put_together_in_an_odd_way_is_refused(name, here):
     path = here / "t.pth"
     path.write_bytes(legacy(rebuilt(storage())))
-    assert read_torch(path).tolist() == [0., 1.]
+    assert read_torch(path).tolist() == [0.0, 1.0]
     path.write_bytes(legacy(ODD[name]))
     check(read_torch, path, here / CANARY)
     path.write_bytes(pickle.dumps(dict(ema=Calls(torch.storage._load_from_bytes, legacy(ODD[name])))))
@@ -331,9 +424,15 @@ def test_a_pickle_of_too_many_instructions_is_refused(here, monkeypatch):
 EDM = (DATA / "edm_ddpmpp_cond.pkl").read_bytes()
 
 
-@pytest.mark.parametrize("old, new, words", [
-    (b"EDMPrecond", b"VPPrecondX", "VPPrecondX"), (b"SongUNet", b"DhariwalU"[:8], "only SongUNet"), (b"\x8c\x03ema", b"\x8c\x03emo", "no 'ema'"), (b"positional", b"positionaX", "a SongUNet of kind"),
-])
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        (b"EDMPrecond", b"VPPrecondX", "VPPrecondX"),
+        (b"SongUNet", b"DhariwalU"[:8], "only SongUNet"),
+        (b"\x8c\x03ema", b"\x8c\x03emo", "no 'ema'"),
+        (b"positional", b"positionaX", "a SongUNet of kind"),
+    ],
+)
 def test_edm_networks_that_are_not_supported_get_one_clear_refusal(old, new, words, here):
     assert old in EDM and len(old) == len(new)
     (here / "edm.pkl").write_bytes(EDM.replace(old, new))
@@ -342,30 +441,50 @@ def test_edm_networks_that_are_not_supported_get_one_clear_refusal(old, new, wor
 
 
 def small_teacher():
-    return create_teacher("edm-cifar10-32x32-uncond-vp", image_size=8, base=8, mult=(1,), blocks=1, attention=(), augment_dim=0)
+    return create_teacher(
+        "edm-cifar10-32x32-uncond-vp", image_size=8, base=8, mult=(1,), blocks=1, attention=(), augment_dim=0
+    )
 
 
 BOMB = functools.reduce(lambda t, _: (t, t), range(40), (1,))
 ARGUMENTS = dict(
-    label_dim=10**9, img_channels=10**8, model_channels=10**6, num_blocks=10**8, channel_mult=[1] * 3000, augment_dim=2**40, img_resolution=-8, dropout="much", attn_resolutions=8,
-    resample_filter=5, embedding_type=[1], encoder_type=BOMB, model_type="x" * 10**6, decoder_type=None, sigma_data=0., channel_mult_noise=True)
+    label_dim=10**9,
+    img_channels=10**8,
+    model_channels=10**6,
+    num_blocks=10**8,
+    channel_mult=[1] * 3000,
+    augment_dim=2**40,
+    img_resolution=-8,
+    dropout="much",
+    attn_resolutions=8,
+    resample_filter=5,
+    embedding_type=[1],
+    encoder_type=BOMB,
+    model_type="x" * 10**6,
+    decoder_type=None,
+    sigma_data=0.0,
+    channel_mult_noise=True,
+)
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_constructor_arguments_cost_nothing_before_they_are_compared_with_the_tensors(name, here):
     change = {name: ARGUMENTS[name]}
-    if name == "channel_mult_noise": change |= dict(img_channels="three")
+    if name == "channel_mult_noise":
+        change |= dict(img_channels="three")
     released.write_edm(here / "edm.pkl", small_teacher(), **change)
     check(load_edm_pickle, here / "edm.pkl", here / CANARY)
 
 
 def test_a_module_inside_of_many_is_refused_before_they_are_counted(here, monkeypatch):
     grow = released.nested
+
     def many(state):
         tree = grow(state)
         for _ in range(30):
             tree = released.Persistent("Layer", _parameters={}, _buffers={}, _modules=dict(a=tree, b=tree))
         return tree
+
     monkeypatch.setattr(released, "nested", many)
     monkeypatch.setattr(checkpoints, "MOST_MODULES", 500)
     released.write_edm(here / "edm.pkl", small_teacher())
@@ -373,10 +492,15 @@ def test_a_module_inside_of_many_is_refused_before_they_are_counted(here, monkey
 
 
 MANIFESTS = dict(
-    bare={}, nothing=dict(recipe=dict(shape=[1], num_classes=0), shards=[]), text=dict(recipe=dict(shape=[1], num_classes=0), shards="abc"),
-    climbs=dict(recipe=dict(shape=[1], num_classes=0), shards=[dict(file="../../secret.safetensors", pairs=1, sha256="0")]),
+    bare={},
+    nothing=dict(recipe=dict(shape=[1], num_classes=0), shards=[]),
+    text=dict(recipe=dict(shape=[1], num_classes=0), shards="abc"),
+    climbs=dict(
+        recipe=dict(shape=[1], num_classes=0), shards=[dict(file="../../secret.safetensors", pairs=1, sha256="0")]
+    ),
     absolute=dict(recipe=dict(shape=[1], num_classes=0), shards=[dict(file="/etc/hostname", pairs=1, sha256="0")]),
-    negative=dict(recipe=dict(shape=[1], num_classes=0), shards=[dict(file="a.safetensors", pairs=-1, sha256="0")]))
+    negative=dict(recipe=dict(shape=[1], num_classes=0), shards=[dict(file="a.safetensors", pairs=-1, sha256="0")]),
+)
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
@@ -387,8 +511,17 @@ def test_a_manifest_that_reaches_outside_of_its_folder_or_is_incomplete_is_refus
             use(here)
 
 
-@pytest.mark.parametrize("info", [[1], dict(kind=[1]), dict(kind="checkpoint", schema=1, config="text"), dict(kind="checkpoint", schema=1, config=dict(builder=[1])),
-                                  dict(kind="checkpoint", schema=1, config=dict(builder="teacher", name=["x"])), dict(kind="checkpoint", schema=1, config=dict(builder="teacher", name="unet-digits", channels=-1))])
+@pytest.mark.parametrize(
+    "info",
+    [
+        [1],
+        dict(kind=[1]),
+        dict(kind="checkpoint", schema=1, config="text"),
+        dict(kind="checkpoint", schema=1, config=dict(builder=[1])),
+        dict(kind="checkpoint", schema=1, config=dict(builder="teacher", name=["x"])),
+        dict(kind="checkpoint", schema=1, config=dict(builder="teacher", name="unet-digits", channels=-1)),
+    ],
+)
 def test_a_checkpoint_of_ours_that_says_nonsense_is_one_line(info, here):
     save_tensors(here / "o.safetensors", dict(a=torch.zeros(1)), info)
     check(load_checkpoint, here / "o.safetensors", here / CANARY)
@@ -396,6 +529,7 @@ def test_a_checkpoint_of_ours_that_says_nonsense_is_one_line(info, here):
 
 def test_source_text_in_a_pickle_is_data(here):
     from get_nb.lab.reader import read_pickle
+
     source = read_pickle(EDM, "edm")["ema"].args[0]["module_src"].encode()
     program = b"open('C','w')"
     assert len(source) >= len(program) and source in EDM
@@ -411,7 +545,7 @@ LAYOUTS = ["edm", "zip", "legacy", "pairs", "cifar"]
 def test_a_truncated_file_is_refused(layout, here):
     load, data, path = accepted(layout, here)
     for cut in (0, 1, 2, 10, 100, 0.25, 0.5, 0.9, -1):
-        path.write_bytes(data[:int(len(data) * cut) if isinstance(cut, float) else cut])
+        path.write_bytes(data[: int(len(data) * cut) if isinstance(cut, float) else cut])
         check(load, path, here / CANARY)
 
 
@@ -420,10 +554,18 @@ def accepted(layout, here):
     if layout == "edm":
         return load_edm_pickle, EDM, here / "x.pkl"
     if layout == "cifar":
-        return lambda path: cifar_batch(path, None), released.cifar_bytes(np.zeros((8, 3072), np.uint8), range(8)), here / "x.bin"
+        return (
+            lambda path: cifar_batch(path, None),
+            released.cifar_bytes(np.zeros((8, 3072), np.uint8), range(8)),
+            here / "x.bin",
+        )
     if layout == "pairs":
         released.write_pairs(here / "src", ["9"], 20, 10)
-        return lambda _: import_reference_pairs(here / "src", fresh(here / "out")), (here / "src/latent/9.pkl").read_bytes(), here / "src/latent/9.pkl"
+        return (
+            lambda _: import_reference_pairs(here / "src", fresh(here / "out")),
+            (here / "src/latent/9.pkl").read_bytes(),
+            here / "src/latent/9.pkl",
+        )
     torch.save(dict(ema=small_get(), model=small_get()), here / "x.pth", _use_new_zipfile_serialization=layout == "zip")
     return load_reference_get, (here / "x.pth").read_bytes(), here / "x.pth"
 
@@ -439,7 +581,9 @@ def flip_bytes(layout, here, flips, seed):
     rng, refused = random.Random(seed), 0
     for _ in range(flips):
         bad = bytearray(good)
-        bad[rng.randrange(len(bad)) if rng.random() < .5 else rng.randrange(min(len(bad), 4000))] ^= 1 << rng.randrange(8)
+        bad[rng.randrange(len(bad)) if rng.random() < 0.5 else rng.randrange(min(len(bad), 4000))] ^= (
+            1 << rng.randrange(8)
+        )
         path.write_bytes(bad)
         try:
             got = load(path)
@@ -451,7 +595,7 @@ def flip_bytes(layout, here, flips, seed):
             try:
                 theirs = torch.load(path, weights_only=True)["ema"]
             except Exception:
-                continue                                   # it refuses more than we do
+                continue  # it refuses more than we do
             assert all(torch.equal(v, theirs[k]) for k, v in got.state_dict().items())
     assert not (here / CANARY).exists()
     return refused
@@ -459,11 +603,13 @@ def flip_bytes(layout, here, flips, seed):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_flipped_bytes_are_refused_or_read_as_what_they_say(layout, here):
-    print(f"{layout}: {flip_bytes(layout, here, 60, seed=7)} of 60 flips refused, the others changed a value and nothing else")
+    print(
+        f"{layout}: {flip_bytes(layout, here, 60, seed=7)} of 60 flips refused, the others changed a value and nothing else"
+    )
 
 
 def test_reading_never_imports_what_a_file_names(here):
     code = "import sys; from get_nb.lab.released import load_edm_pickle\ntry: load_edm_pickle(sys.argv[1])\nexcept Exception as e: print(type(e).__name__)\nprint('antigravity' in sys.modules, 'this' in sys.modules)"
-    (here / "evil.pkl").write_bytes(pickle.dumps(Calls(importlib.import_module, "antigravity")) )
+    (here / "evil.pkl").write_bytes(pickle.dumps(Calls(importlib.import_module, "antigravity")))
     done = subprocess.run([sys.executable, "-c", code, str(here / "evil.pkl")], capture_output=True, text=True)
     assert done.stdout.split() == ["UnsafeFileError", "False", "False"], done.stderr

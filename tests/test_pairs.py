@@ -1,4 +1,5 @@
 """Pairs: the same on any number of workers, whole or absent on disk, checked when read."""
+
 import json
 import os
 import random
@@ -55,15 +56,15 @@ def flip(path, rng=None, at=None):
 
 
 def test_two_workers_one_of_them_killed_make_what_one_makes(whole, tmp_path):
-    one, two = (fork(toy.make, tmp_path, pause=.02) for _ in range(2))
+    one, two = (fork(toy.make, tmp_path, pause=0.02) for _ in range(2))
     while len(shards(tmp_path)) < 2:
-        time.sleep(.005)
+        time.sleep(0.005)
     kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("pairs-*")}
     one.kill()
     two.join(600)
     assert two.exitcode == 0 and len(kept) < 12
     assert shards(tmp_path) == shards(whole) and read_manifest(tmp_path) == read_manifest(whole)
-    assert all((tmp_path / name).stat().st_mtime_ns == t for name, t in kept.items())      # finished shards are not touched
+    assert all((tmp_path / name).stat().st_mtime_ns == t for name, t in kept.items())  # finished shards are not touched
 
 
 def test_torchrun_makes_the_same_bytes(whole, tmp_path):
@@ -76,7 +77,10 @@ def test_torchrun_makes_the_same_bytes(whole, tmp_path):
 def test_noise_and_label_depend_on_the_seed_alone_and_images_hardly_on_the_batch(whole, tmp_path):
     toy.make(tmp_path, batch_size=7, shard_size=40)
     a, b = PairDataset(whole).batch(range(120)), PairDataset(tmp_path).batch(range(120))
-    assert all(torch.equal(a[k], b[k]) for k in ("noise", "label", "seed")) and (a["image"] - b["image"]).abs().max() < 1e-4
+    assert (
+        all(torch.equal(a[k], b[k]) for k in ("noise", "label", "seed"))
+        and (a["image"] - b["image"]).abs().max() < 1e-4
+    )
     assert torch.equal(a["noise"], draw_noise(range(120), (1, 8, 8), 10)[0])
 
 
@@ -85,7 +89,12 @@ def test_only_the_damaged_shard_is_made_again(copy, whole, harm, capsys):
     path = copy / "pairs-00004.safetensors"
     before = {p.name: p.stat().st_mtime_ns for p in copy.glob("pairs-*")}
     data = path.read_bytes()
-    harmed = dict(flip=data[:-40] + bytes([data[-40] ^ 1]) + data[-39:], recipe=data.replace(b"num_classes", b"num_classez"), truncate=data[:1000], delete=None)[harm]
+    harmed = dict(
+        flip=data[:-40] + bytes([data[-40] ^ 1]) + data[-39:],
+        recipe=data.replace(b"num_classes", b"num_classez"),
+        truncate=data[:1000],
+        delete=None,
+    )[harm]
     path.unlink() if harmed is None else path.write_bytes(harmed)
     with pytest.raises(FileError, match="pairs-00004.safetensors: " + ("missing" if harm == "delete" else "damaged")):
         PairDataset(copy)
@@ -100,7 +109,7 @@ def test_flips_and_cuts_anywhere_are_found_and_named(copy):
     for i in range(30):
         path = rng.choice(sorted(copy.glob("pairs-*")))
         good = path.read_bytes()
-        flip(path, rng) if i % 5 else path.write_bytes(good[:rng.randrange(len(good))])
+        flip(path, rng) if i % 5 else path.write_bytes(good[: rng.randrange(len(good))])
         assert [w.split(": ")[0] for w in verify_pairs(copy, afresh=True)] == [str(path)]
         path.write_bytes(good)
     assert verify_pairs(copy) == []
@@ -120,9 +129,14 @@ def test_a_flip_that_leaves_size_and_time_is_found_when_asked(copy, capsys):
 
 def test_a_full_disk_is_one_line_and_the_work_goes_on_when_there_is_space(whole, tmp_path):
     shutil.copy(whole / "pairs-00000.safetensors", tmp_path)
-    with full_disk(3000), pytest.raises(FileError, match="pairs-00001.safetensors: cannot be written.*finished shards are kept"):
+    with (
+        full_disk(3000),
+        pytest.raises(FileError, match="pairs-00001.safetensors: cannot be written.*finished shards are kept"),
+    ):
         toy.make(tmp_path)
-    assert [p.name for p in sorted(tmp_path.iterdir()) if not p.name.startswith(".claims")] == ["pairs-00000.safetensors"]
+    assert [p.name for p in sorted(tmp_path.iterdir()) if not p.name.startswith(".claims")] == [
+        "pairs-00000.safetensors"
+    ]
     toy.make(tmp_path)
     assert shards(tmp_path) == shards(whole)
 
@@ -132,7 +146,9 @@ def test_a_folder_that_vanishes_is_named(tmp_path):
         def forward(self, x, sigma, labels=None):
             folder.exists() and folder.rename(tmp_path / "gone")
             return super().forward(x, sigma, labels)
+
     from get_nb.pairs import PairsConfig, generate_pairs
+
     folder = tmp_path / "pairs"
     with pytest.raises(FileError, match="vanished"):
         generate_pairs(Vanish().eval(), folder, PairsConfig(**toy.RECIPE))
@@ -185,7 +201,7 @@ def test_a_recipe_older_than_a_field_is_not_merged_with_another_value_of_it(whol
         toy.make(tmp_path / name, n=n, first_seed=first, precision=precision)
     path = tmp_path / "old/manifest.json"
     manifest = json.loads(path.read_text())
-    del manifest["recipe"]["precision"]          # as if it had been made before there was the field
+    del manifest["recipe"]["precision"]  # as if it had been made before there was the field
     path.write_text(json.dumps(manifest))
     for order in (["old", "new"], ["new", "old"]):
         with pytest.raises(FileError, match="made with precision"):
@@ -204,5 +220,5 @@ def test_redrawn_noise_is_the_stored_noise_and_costs_no_space(whole, tmp_path):
     toy.make(tmp_path, store_noise=False)
     i = np.random.default_rng(0).integers(0, 120, 50)
     assert torch.equal(PairDataset(tmp_path).batch(i)["noise"], PairDataset(whole).batch(i)["noise"])
-    assert sum(map(len, shards(tmp_path).values())) < .65 * sum(map(len, shards(whole).values()))
+    assert sum(map(len, shards(tmp_path).values())) < 0.65 * sum(map(len, shards(whole).values()))
     assert "noise" not in load_tensors(tmp_path / "pairs-00000.safetensors")[0]

@@ -1,4 +1,5 @@
 """The profile of the paper: every stage at smoke size on made-up CIFAR files, imported teachers and pairs, tables; and its price."""
+
 import copy
 import functools
 import json
@@ -16,8 +17,12 @@ from get_nb.lab.checkpoints import create_teacher
 
 PAPER = yaml.safe_load((ROOT / "nbs/paper/profiles/paper.yaml").read_text())
 SMALL = dict(
-    classifier=dict(steps=3, batch_size=32, floor_splits=1), pairs=dict(n=16, num_steps=2, shard_size=8, batch_size=8), import_teacher=dict(num_steps=2),
-    student=dict(steps=2, batch_size=4, n_iter=2, checkpoint_every=1), evaluate=dict(samples=30, num_steps=2, sweep=[]))
+    classifier=dict(steps=3, batch_size=32, floor_splits=1),
+    pairs=dict(n=16, num_steps=2, shard_size=8, batch_size=8),
+    import_teacher=dict(num_steps=2),
+    student=dict(steps=2, batch_size=4, n_iter=2, checkpoint_every=1),
+    evaluate=dict(samples=30, num_steps=2, sweep=[]),
+)
 
 
 def run_here(stage, parameters, folder, cwd):
@@ -41,7 +46,9 @@ def small_profile(path, files):
         s["params"] |= SMALL.get(kind, {})
         if kind == "student":
             model = s["params"]["model"]
-            s["params"]["overrides"] = dict(dim=32, heads=2, depth=1) | (dict(deq_depth=1, n_iter=2) if model.startswith("GET") else {})
+            s["params"]["overrides"] = dict(dim=32, heads=2, depth=1) | (
+                dict(deq_depth=1, n_iter=2) if model.startswith("GET") else {}
+            )
         if kind == "import_teacher":
             s["params"]["file"] = str(files / f"{name}.pkl")
     spec["stages"]["pairs_uncond"] = dict(notebook="import_pairs", params=dict(source=str(files / "pairs")))
@@ -57,7 +64,18 @@ def paper(tmp_path_factory):
     for name, n in (("teacher_cond", 10), ("teacher_uncond", 0)):
         seed_everything(0, name)
         kind = "cond" if n else "uncond"
-        released.write_edm(tmp / f"data/{name}.pkl", create_teacher(f"edm-cifar10-32x32-{kind}-vp", num_classes=n, base=8, mult=(1, 1, 1), blocks=1, attention=(), dropout=0.))
+        released.write_edm(
+            tmp / f"data/{name}.pkl",
+            create_teacher(
+                f"edm-cifar10-32x32-{kind}-vp",
+                num_classes=n,
+                base=8,
+                mult=(1, 1, 1),
+                blocks=1,
+                attention=(),
+                dropout=0.0,
+            ),
+        )
     released.write_pairs(tmp / "data/pairs", ["11", "7", "103"], 8, 0, (3, 32, 32))
     small_profile(tmp / "paper.yaml", tmp / "data")
     with pytest.MonkeyPatch.context() as m:
@@ -77,33 +95,75 @@ def test_every_stage_of_the_paper_runs_from_imported_teachers_and_pairs_to_table
     assert len(names) >= 30 and all((paper / n / "stamp.json").is_file() for n in names)
     for table, rows in (("table_1_unconditional", 11), ("table_2_conditional", 5), ("table_3_get_vs_vit", 6)):
         t = json.loads((paper / table / f"{table}.json").read_text())
-        assert len(t["rows"]) >= rows and "cifar10-unverified" in json.dumps(t["columns"])      # what was not verified says so
+        assert len(t["rows"]) >= rows and "cifar10-unverified" in json.dumps(
+            t["columns"]
+        )  # what was not verified says so
     assert json.loads((paper / "pairs_uncond/record.json").read_text())["imported"] is True
     assert json.loads((paper / "teacher_cond/record.json").read_text())["imported"] == "teacher_cond.pkl"
 
 
 def test_students_of_the_paper_have_the_reference_s_settings():
     got = {n: s.params for n, s in stages.load_profile(ROOT, "paper").items() if s.notebook.stem == "student"}
-    assert {p["model"] for p in got.values()} >= {"GET-T/2", "GET-M/2", "GET-S/2", "GET-B/2", "GET-B/2+", "ViT-S/2", "ViT-B/2", "ViT-L/2", "ViT-XL/2"}
+    assert {p["model"] for p in got.values()} >= {
+        "GET-T/2",
+        "GET-M/2",
+        "GET-S/2",
+        "GET-B/2",
+        "GET-B/2+",
+        "ViT-S/2",
+        "ViT-B/2",
+        "ViT-L/2",
+        "ViT-XL/2",
+    }
     for p in got.values():
-        assert (p["lr"], p["schedule"], p["warmup"], p["clip"], p["n_iter"], p["gamma"], p["loss"]) == (1e-4, "constant", 0, 0., 6, .8, "l1")
-        assert .5 ** (p["batch_size"] / p["ema_half_life"]) == pytest.approx(.9999, abs=1e-7) and p["steps"] >= 800_000
+        assert (p["lr"], p["schedule"], p["warmup"], p["clip"], p["n_iter"], p["gamma"], p["loss"]) == (
+            1e-4,
+            "constant",
+            0,
+            0.0,
+            6,
+            0.8,
+            "l1",
+        )
+        assert (
+            0.5 ** (p["batch_size"] / p["ema_half_life"]) == pytest.approx(0.9999, abs=1e-7) and p["steps"] >= 800_000
+        )
 
 
 def test_a_dry_run_prices_every_stage_that_computes(tmp_path):
     done = get_nb("reproduce", "--profile", "paper", "--dry-run", "--runs", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
-    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in done.stdout.splitlines() if line.startswith("| ")}
-    assert rows["pairs_uncond"][0] == "35,000,000" and float(rows["pairs_uncond"][3]) == pytest.approx(24.592, abs=.001)      # a million images and noises, float32
-    assert rows["get_B"][0] == "102,400,000" and float(rows["get_B"][1].replace(",", "")) == pytest.approx(102.4 * 487, rel=.01)
-    assert float(rows["evaluate_get_B"][1]) == pytest.approx(50_000 * 2 * 81.2e9 / 1e15, rel=.01)
+    rows = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+        for line in done.stdout.splitlines()
+        if line.startswith("| ")
+    }
+    assert rows["pairs_uncond"][0] == "35,000,000" and float(rows["pairs_uncond"][3]) == pytest.approx(
+        24.592, abs=0.001
+    )  # a million images and noises, float32
+    assert rows["get_B"][0] == "102,400,000" and float(rows["get_B"][1].replace(",", "")) == pytest.approx(
+        102.4 * 487, rel=0.01
+    )
+    assert float(rows["evaluate_get_B"][1]) == pytest.approx(50_000 * 2 * 81.2e9 / 1e15, rel=0.01)
     assert not (tmp_path / "runs").exists() and len(rows) > 25
 
 
 def test_doctor_lists_what_is_there_and_what_is_missing(tmp_path):
     done = get_nb("doctor", "--root", ROOT)
     assert done.returncode == 0, done.stdout
-    for word in ("Python", "torch", "GPU", "packages", "CIFAR-10", "edm-cifar10-32x32-cond-vp.pkl", "disk", "memory", "published: cpu", "weights", "[dev]"):
+    for word in (
+        "Python",
+        "torch",
+        "GPU",
+        "packages",
+        "CIFAR-10",
+        "edm-cifar10-32x32-cond-vp.pkl",
+        "disk",
+        "memory",
+        "published: cpu",
+        "weights",
+        "[dev]",
+    ):
         assert word in done.stdout, word
     done = get_nb("doctor", "--root", "/")
     assert done.returncode == 1 and "MISSING clone: no get_nb clone" in done.stdout and "Traceback" not in done.stderr

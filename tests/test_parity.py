@@ -1,4 +1,5 @@
 """The models compute what the released code computes: names, shapes, counts and outputs of the golden cases."""
+
 import json
 import zlib
 from pathlib import Path
@@ -41,7 +42,9 @@ def test_released_unets_have_these_names_and_shapes(name):
     assert sum(p.numel() for p in teacher.parameters()) == EDM_STATE[name]["params"]
 
 
-DEVICES = [("cpu", 2e-5)] + ([("cuda", 1e-4)] if torch.cuda.is_available() else [])     # device, bound; TF32 is off by get_nb.lab.core.setup
+DEVICES = [("cpu", 2e-5)] + (
+    [("cuda", 1e-4)] if torch.cuda.is_available() else []
+)  # device, bound; TF32 is off by get_nb.lab.core.setup
 
 
 def golden_model(name, conditional, early):
@@ -49,7 +52,11 @@ def golden_model(name, conditional, early):
     for key, p in model.state_dict().items():
         if key == "pos_embed":
             continue
-        a = np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF).standard_normal(tuple(p.shape)).astype(np.float32)
+        a = (
+            np.random.RandomState(zlib.crc32(key.encode()) & 0x7FFFFFFF)
+            .standard_normal(tuple(p.shape))
+            .astype(np.float32)
+        )
         if key.endswith("bias"):
             a *= np.float32(0.02)
         elif "norm" in key:
@@ -72,7 +79,9 @@ def test_golden_outputs(case, device, bound):
     name, conditional, what = case.replace("_", "/").split("|")
     model = golden_model(name, conditional == "True", what == "early").to(device)
     noise, labels = torch.from_numpy(OUT["e"]), torch.from_numpy(OUT["y"]).long() if conditional == "True" else None
-    z0 = torch.from_numpy(np.random.RandomState(99).standard_normal((2, model.tokens, model.cfg.dim)).astype(np.float32))
+    z0 = torch.from_numpy(
+        np.random.RandomState(99).standard_normal((2, model.tokens, model.cfg.dim)).astype(np.float32)
+    )
     noise, labels, z0 = (v if v is None else v.to(device) for v in (noise, labels, z0))
     ours = (torch.stack(model.unrolled(noise, labels, z0)) if what == "train" else model(noise, labels, z0)).cpu()
     reference = torch.from_numpy(OUT[case])
@@ -94,8 +103,12 @@ def test_golden_edm_outputs_from_pickles_of_the_released_layout(name, labels, de
     teacher = load_edm_pickle(DATA / f"edm_{name}.pkl").to(device)
     x, sigma, latents = (torch.from_numpy(EDM_OUT[k]).to(device) for k in ("x", "sigma", "lat"))
     labels = torch.tensor(labels, device=device) if labels else None
-    ours = dict(D=teacher(x * sigma.view(-1, 1, 1, 1), sigma, labels), heun5=heun_sample(teacher, latents, labels, num_steps=5),
-                heun18=heun_sample(teacher, latents, labels, num_steps=18), euler9=euler_sample(teacher, latents, labels, num_steps=9))
+    ours = dict(
+        D=teacher(x * sigma.view(-1, 1, 1, 1), sigma, labels),
+        heun5=heun_sample(teacher, latents, labels, num_steps=5),
+        heun18=heun_sample(teacher, latents, labels, num_steps=18),
+        euler9=euler_sample(teacher, latents, labels, num_steps=9),
+    )
     for key, value in ours.items():
         reference = torch.from_numpy(EDM_OUT[f"{name}|{key}"])
         assert ((value.cpu() - reference).abs() <= bound * reference.abs().clamp(min=1)).all(), key

@@ -1,4 +1,5 @@
 """The repository keeps its own rules: package in step with its notebooks, notebooks clean, one source for each fact."""
+
 import ast
 import json
 import re
@@ -55,7 +56,9 @@ def test_a_notebook_is_fit_to_be_read(path):
     assert not any(o["output_type"] == "error" for c in code for o in c["outputs"])
     assert not any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for c in code for o in c["outputs"])
     assert path.stat().st_size < 300_000
-    assert not re.search(r"(/root/|/home/|/work/|/tmp/)", "".join(json.dumps(c["outputs"]) for c in code)), "an absolute path in the outputs"
+    assert not re.search(r"(/root/|/home/|/work/|/tmp/)", "".join(json.dumps(c["outputs"]) for c in code)), (
+        "an absolute path in the outputs"
+    )
     first = source(json.loads(path.read_text())["cells"][0])
     assert first.startswith("# ") and "\n\n> " in first
 
@@ -83,7 +86,11 @@ def test_a_room_exports_short_cells_that_import_lower_rooms_only(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "get_nb").glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_every_public_function_and_class_has_a_docstring(path):
     tree = ast.parse(path.read_text())
-    missing = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not ast.get_docstring(n)]
+    missing = [
+        n.name
+        for n in tree.body
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not ast.get_docstring(n)
+    ]
     assert not missing, missing
 
 
@@ -97,21 +104,39 @@ def test_environment_yml_and_setup_say_what_settings_ini_says():
 
 
 def test_every_requirement_is_pinned():
-    pinned = {re.split(r"==", line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        re.split(r"==", line)[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
     for requirement in (SETTINGS["DEFAULT"]["requirements"] + " " + SETTINGS["DEFAULT"]["dev_requirements"]).split():
         assert re.split(r"[<>=]", requirement)[0].lower().replace("_", "-") in pinned, requirement
 
 
 def test_the_readme_shows_what_is_published(tmp_path):
     from get_nb.lab.report import readme_text
+
     text = (ROOT / "README.md").read_text()
     assert readme_text(ROOT, text) == text, "run make readme"
 
 
 def test_a_stage_depends_on_every_module_that_its_notebook_runs():
     from get_nb.lab.stages import code_hashes
+
     used = code_hashes(ROOT / "nbs/paper/evaluate.ipynb").keys()
-    assert {"notebook", "core", "models", "layers", "solvers", "deq", "sampler", "unet", "precond", "metrics", "files"} <= used
+    assert {
+        "notebook",
+        "core",
+        "models",
+        "layers",
+        "solvers",
+        "deq",
+        "sampler",
+        "unet",
+        "precond",
+        "metrics",
+        "files",
+    } <= used
     assert not {"stages", "pipeline", "cli"} & used
 
 
@@ -120,7 +145,9 @@ def test_a_figure_can_be_drawn_by_hand_from_the_published_records(tmp_path):
     cell = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
     cell.source = cell.source.replace("runs/by-hand/figure_quality_time", str(tmp_path))
     NotebookClient(nb, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "nbs/paper")}}).execute()
-    assert (tmp_path / "figure_quality_time.png").read_bytes() == (ROOT / "results/cpu/figures/figure_quality_time.png").read_bytes()
+    assert (tmp_path / "figure_quality_time.png").read_bytes() == (
+        ROOT / "results/cpu/figures/figure_quality_time.png"
+    ).read_bytes()
 
 
 def test_ruff_finds_nothing():

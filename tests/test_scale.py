@@ -1,4 +1,5 @@
 """Shapes, the gpu profile, and the ways beyond one machine: Snakefile, SLURM profile, container file, prices."""
+
 import json
 import re
 import subprocess
@@ -17,7 +18,9 @@ from get_nb.lab.stages import load_profile, why_run
 def test_a_shape_does_not_depend_on_the_batch_it_is_drawn_in():
     whole = make_shapes(300, 16, seed=3)
     parts = [make_shapes(n, 16, seed=3, start=s) for s, n in ((0, 1), (1, 256), (257, 43))]
-    assert torch.equal(whole.images, torch.cat([p.images for p in parts])) and torch.equal(whole.labels, torch.cat([p.labels for p in parts]))
+    assert torch.equal(whole.images, torch.cat([p.images for p in parts])) and torch.equal(
+        whole.labels, torch.cat([p.labels for p in parts])
+    )
     assert (make_shapes(300, 16, seed=4).images != whole.images).any(dim=(1, 2, 3)).all()
 
 
@@ -31,37 +34,65 @@ def test_every_number_of_an_image_changes_it():
     p = draw_numbers(0, 0, 32)
     image = render_shapes(p, 32)[0]
     for name in DRAWS:
-        other = render_shapes(p | {name: (p[name] + .37) % 1}, 32)[0]
-        assert (image != other).any(axis=(1, 2, 3)).mean() > .3, name
+        other = render_shapes(p | {name: (p[name] + 0.37) % 1}, 32)[0]
+        assert (image != other).any(axis=(1, 2, 3)).mean() > 0.3, name
 
 
 def test_no_two_classes_share_an_outline():
     t = np.linspace(-1.2, 1.2, 64, dtype=np.float32)
     x, y = np.meshgrid(t, t)
     masks = {name: shape_distance(name, x, y) < 0 for name in SHAPES}
-    overlap = {(a, b): (masks[a] & masks[b]).sum() / (masks[a] | masks[b]).sum() for a in SHAPES for b in SHAPES if a < b}
-    assert max(overlap.values()) < .85, max(overlap, key=overlap.get)
+    overlap = {
+        (a, b): (masks[a] & masks[b]).sum() / (masks[a] | masks[b]).sum() for a in SHAPES for b in SHAPES if a < b
+    }
+    assert max(overlap.values()) < 0.85, max(overlap, key=overlap.get)
 
 
 def test_the_gpu_profile_has_what_the_tables_need():
     stages = load_profile(ROOT, "gpu")
     assert {"table_1_unconditional", "table_2_conditional", "table_3_get_vs_vit", "figure_samples"} <= stages.keys()
-    assert stages["pairs"].params["n"] >= 100_000 and all(s.params.get("device", "cuda") == "cuda" for s in stages.values())
+    assert stages["pairs"].params["n"] >= 100_000 and all(
+        s.params.get("device", "cuda") == "cuda" for s in stages.values()
+    )
 
 
 def test_the_sizes_of_the_gpu_profile_are_the_ones_it_names():
     from get_nb.lab.checkpoints import create_model
+
     stages = load_profile(ROOT, "gpu")
 
     def count(name):
         p = stages[name].params
         with torch.device("meta"):
-            return sum(w.numel() for w in create_model(p["model"], num_classes=10, image_size=16, **p["overrides"]).parameters())
-    assert count("vit") == pytest.approx(count("get"), rel=.01) and count("vit_5x") == pytest.approx(5 * count("get"), rel=.02) and count("get_small") < .6 * count("get")
+            return sum(
+                w.numel()
+                for w in create_model(p["model"], num_classes=10, image_size=16, **p["overrides"]).parameters()
+            )
+
+    assert (
+        count("vit") == pytest.approx(count("get"), rel=0.01)
+        and count("vit_5x") == pytest.approx(5 * count("get"), rel=0.02)
+        and count("get_small") < 0.6 * count("get")
+    )
 
 
 def test_snakemake_sees_the_stages_of_a_profile(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "snakemake", "-n", "-s", ROOT / "workflow/Snakefile", "--config", "profile=smoke", f"runs={tmp_path}"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "-n",
+            "-s",
+            ROOT / "workflow/Snakefile",
+            "--config",
+            "profile=smoke",
+            f"runs={tmp_path}",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     for name in load_profile(ROOT, "smoke"):
@@ -69,13 +100,26 @@ def test_snakemake_sees_the_stages_of_a_profile(tmp_path):
 
 
 def test_snakemake_runs_a_stage_and_what_it_needs_and_notices_what_no_longer_holds(tmp_path):
-    runs = tmp_path / "a folder"       # with a space
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "-s", ROOT / "workflow/Snakefile", "--config", "profile=smoke", "stage=pairs", f"runs={runs}"]
+    runs = tmp_path / "a folder"  # with a space
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "--cores",
+        "1",
+        "-s",
+        ROOT / "workflow/Snakefile",
+        "--config",
+        "profile=smoke",
+        "stage=pairs",
+        f"runs={runs}",
+    ]
 
     def snakemake(*args):
         done = subprocess.run([*command, *args], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
+
     snakemake()
     stages = load_profile(ROOT, "smoke")
     assert not why_run(stages["teacher"], runs / "smoke") and not why_run(stages["pairs"], runs / "smoke")
@@ -88,18 +132,30 @@ def test_snakemake_runs_a_stage_and_what_it_needs_and_notices_what_no_longer_hol
 
 
 def test_snakemake_refuses_an_unknown_profile_in_one_line(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "snakemake", "-n", "-s", ROOT / "workflow/Snakefile", "--config", "profile=smok"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "-n", "-s", ROOT / "workflow/Snakefile", "--config", "profile=smok"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0 and "did you mean 'smoke'" in done.stdout + done.stderr
 
 
 def test_a_job_refuses_to_build_on_what_does_not_hold(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "workflow/stage.py", "--root", ROOT, "--runs", tmp_path, "smoke", "pairs"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "workflow/stage.py", "--root", ROOT, "--runs", tmp_path, "smoke", "pairs"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "teacher does not hold" in done.stderr
 
 
 def test_the_container_and_the_cluster_profile_are_in_step():
     dockerfile = (ROOT / "Dockerfile").read_text()
-    assert "PIP_CONSTRAINT=/get_nb/constraints.txt" in dockerfile and "constraints.txt" in re.search(r"^COPY (.*)$", dockerfile, re.M)[1]
+    assert (
+        "PIP_CONSTRAINT=/get_nb/constraints.txt" in dockerfile
+        and "constraints.txt" in re.search(r"^COPY (.*)$", dockerfile, re.M)[1]
+    )
     version = re.search(r"^FROM python:3\.(\d+)", dockerfile, re.M)[1]
     assert 11 <= int(version) <= 13
     slurm = yaml.safe_load((ROOT / "workflow/slurm/config.yaml").read_text())
@@ -109,7 +165,11 @@ def test_the_container_and_the_cluster_profile_are_in_step():
 def test_a_price_names_its_sources_and_refuses_what_it_does_not_know():
     done = get_nb("price", "--gpus", 2, "--set", "peak=3e14")
     assert done.returncode == 0 and "| peak | 3e+14 | given |" in done.stdout and "on 2 GPUs, predicted" in done.stdout
-    for args, hint in ((["--set", "peek=3e14"], "did you mean 'peak'"), (["--set", "peak"], "NAME=NUMBER"), (["--record", "nothing.json"], "no such record")):
+    for args, hint in (
+        (["--set", "peek=3e14"], "did you mean 'peak'"),
+        (["--set", "peak"], "NAME=NUMBER"),
+        (["--record", "nothing.json"], "no such record"),
+    ):
         done = get_nb("price", *args)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and hint in done.stderr, done.stderr
 
@@ -127,4 +187,6 @@ def test_every_number_of_the_published_benchmark_is_in_its_record(path):
         for key, cell in row.items():
             if isinstance(cell, dict) and cell["value"] is not None:
                 i, name = cell["source"][0].split(":")[1].split(".")[1:]
-                assert cell["value"] == pytest.approx(record["rows"][int(i)][name] * {"seconds": 1e3, "share": 100}.get(key, 1))
+                assert cell["value"] == pytest.approx(
+                    record["rows"][int(i)][name] * {"seconds": 1e3, "share": 100}.get(key, 1)
+                )

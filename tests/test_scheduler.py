@@ -1,4 +1,5 @@
 "Stages that run side by side: a failing one lets its neighbour finish, and nothing after it starts."
+
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ def stage(name, *needs, **params):
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     "Run fake stages: what each does is a function; -> names in the order of start, end and what was raised."
+
     def run(stages, work, cores):
         log = []
 
@@ -24,6 +26,7 @@ def run(monkeypatch, tmp_path):
             work(s.name)
             log.append(f"{s.name} ends")
             return dict(seconds=0)
+
         monkeypatch.setattr(pipeline, "run_stage", fake)
         monkeypatch.setattr(pipeline, "why_run", lambda s, runs, keep=False: "test")
         monkeypatch.setattr(pipeline, "stage_key", lambda s, runs, keep=False: {})
@@ -34,6 +37,7 @@ def run(monkeypatch, tmp_path):
         except pipeline.StageError as e:
             error = str(e)
         return log, error
+
     return run
 
 
@@ -41,28 +45,41 @@ def test_a_failure_lets_the_neighbour_finish_and_starts_nothing_else(run, capsys
     def work(name):
         if name == "bad":
             raise pipeline.StageError("stage bad failed")
-        time.sleep(.3)
+        time.sleep(0.3)
+
     log, error = run([stage("bad"), stage("good"), stage("after", "good")], work, 2)
     assert error == "stage bad failed" and "good ends" in log and "after starts" not in log
     assert "waiting for good" in capsys.readouterr().out
 
 
 def test_a_stage_waits_for_what_it_needs_and_for_cores(run):
-    log, error = run([stage("a"), stage("b"), stage("c", "a", "b"), stage("wide", threads=2)], lambda name: time.sleep(.1), 2)
+    log, error = run(
+        [stage("a"), stage("b"), stage("c", "a", "b"), stage("wide", threads=2)], lambda name: time.sleep(0.1), 2
+    )
     assert error is None and log.index("c starts") > max(log.index("a ends"), log.index("b ends"))
     at = log.index("wide starts")
     assert log[at + 1] == "wide ends"
 
 
-@pytest.mark.parametrize("params, cores", [(dict(threads=1, device="cpu"), 1), (dict(threads=8, device="cpu"), 4), (dict(threads=0, device="cpu"), 4), (dict(threads=1, device="cuda"), 4), ({}, 1)])
+@pytest.mark.parametrize(
+    "params, cores",
+    [
+        (dict(threads=1, device="cpu"), 1),
+        (dict(threads=8, device="cpu"), 4),
+        (dict(threads=0, device="cpu"), 4),
+        (dict(threads=1, device="cuda"), 4),
+        ({}, 1),
+    ],
+)
 def test_a_stage_takes_the_cores_that_it_says(params, cores):
     assert pipeline.cores_of(stage("s", **params), 4) == cores
 
 
 def test_every_failure_is_said(run, capsys):
     def work(name):
-        time.sleep(.2 * (name == "b"))
+        time.sleep(0.2 * (name == "b"))
         raise pipeline.StageError(f"stage {name} failed: reason {name}")
+
     _, error = run([stage("a", threads=1), stage("b", threads=1)], work, 2)
     said = capsys.readouterr()
     assert "reason a" in error and "reason b" in said.out + said.err
@@ -81,8 +98,9 @@ def test_a_half_finished_stage_survives_a_start_that_cannot_write(tmp_path, monk
     (folder / "state").mkdir()
 
     def full(self, text):
-        self.open("w").close()       # truncated, then no space
+        self.open("w").close()  # truncated, then no space
         raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as m:
         m.setattr(Path, "write_text", full)
         pipeline.prepare_folder(folder, key, fresh=False)

@@ -1,4 +1,5 @@
 """What is wrong is said in one line, with exit code 2: prices, profiles, manifests, launched notebooks, options that exclude each other."""
+
 import shutil
 
 import pytest
@@ -18,22 +19,49 @@ PAPER = ROOT / "nbs/paper"
 @pytest.fixture
 def said(capsys):
     "Run a command in this process, which must end with exit code 2 and one line; -> the line."
+
     def run(main, *args):
-        with pytest.raises(SystemExit) as e: main([str(a) for a in args])
+        with pytest.raises(SystemExit) as e:
+            main([str(a) for a in args])
         out = capsys.readouterr()
         assert e.value.code == 2 and out.err.count("\n") == 1 and not out.out, out.err
         return out.err
+
     return run
 
 
-@pytest.mark.parametrize("given, hint", [
-    ("gpus=3", "unknown key 'gpus'"), ("record=1", "unknown key 'record'"), ("training=0", "training = 0.0"), ("peak=inf", "peak = inf"), ("peak=nan", "peak = nan"),
-    ("peak=1e-320", "greater than"), ("samples=1e400", "samples = inf"), ("samples=1e300", "less than"), ("samples=1.5", "samples = 1.5"), ("half_batch=inf", "half_batch = inf")])
+@pytest.mark.parametrize(
+    "given, hint",
+    [
+        ("gpus=3", "unknown key 'gpus'"),
+        ("record=1", "unknown key 'record'"),
+        ("training=0", "training = 0.0"),
+        ("peak=inf", "peak = inf"),
+        ("peak=nan", "peak = nan"),
+        ("peak=1e-320", "greater than"),
+        ("samples=1e400", "samples = inf"),
+        ("samples=1e300", "less than"),
+        ("samples=1.5", "samples = 1.5"),
+        ("half_batch=inf", "half_batch = inf"),
+    ],
+)
 def test_an_assumption_that_makes_no_sense(said, given, hint):
     assert hint in said(cli.main, "price", "--set", given)
 
 
-@pytest.mark.parametrize("text", ['{"device": "cuda"}', "[]", "5", "null", "{", "\xff", '{"device": "cuda", "rows": [5], "peaks": {"bf16": 1}}', '{"device": "cuda", "rows": [], "peaks": 5}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"device": "cuda"}',
+        "[]",
+        "5",
+        "null",
+        "{",
+        "\xff",
+        '{"device": "cuda", "rows": [5], "peaks": {"bf16": 1}}',
+        '{"device": "cuda", "rows": [], "peaks": 5}',
+    ],
+)
 def test_a_file_that_is_no_record_of_a_benchmark(said, tmp_path, text):
     (tmp_path / "r.json").write_bytes(text.encode("latin-1"))
     assert "not a record of get-nb bench" in said(cli.main, "price", "--record", tmp_path / "r.json")
@@ -41,17 +69,41 @@ def test_a_file_that_is_no_record_of_a_benchmark(said, tmp_path, text):
 
 def test_a_price_says_what_does_not_fit():
     from get_nb.lab.scale import price
-    assert "Does not fit into 20 GB per GPU: train GET-B/2," in price((1,), memory=2e10) and "not fit" not in price((1, 8))
+
+    assert "Does not fit into 20 GB per GPU: train GET-B/2," in price((1,), memory=2e10) and "not fit" not in price(
+        (1, 8)
+    )
 
 
-@pytest.mark.parametrize("text, hint", [
-    ("stages: {a: 5}", "stages.a = 5"), ("stages: {1: {}}", "stages.1"), ("stages: {}", "at least 1"), ("stages: {teacher: {each: 5}}", "each = 5"), ("stages: {teacher: {each: {a: []}}}", "each.a"),
-    ("stages: {teacher: {params: [1]}}", "params = [1]"), ("stages: {pairs: {inputs: [a]}}", "inputs = ['a']"), ("stages: {pairs: {inputs: {teacher: 5}}}", "inputs.teacher = 5"),
-    ("stages: {table_1_unconditional: {rows: {a: 5}}}", "rows.a = 5: needs a stage"), ("stages: {table_1_unconditional: {rows: {a: {b: [5]}}}}", "needs a stage, a list of stages, or {use"),
-    ("stages: {teacher: {group: [1]}}", "group = [1]"), ("{defaults: [seed], stages: {teacher: }}", "defaults = ['seed']"), ("stages: {teacher: {notebook: 5}}", "notebook = 5"),
-    ("stages: {teacher: {5: 6}}", "stages.teacher.5"), ("stages: [teacher]", "needs a mapping"), ("stages: {teacher: {params: {out: 2020-13-45}}}", "not yaml"), ("about: \xff", "not yaml"),
-    ("stages: {teacher: {each: {a: [1, 2]}}}", "two stages are named 'teacher'"), ("stages: {t_1: {notebook: teacher}, 't_{a}': {notebook: teacher, each: {a: [1]}}}", "two stages are named 't_1'"),
-    ("stages: {teacher: {params: {steps: 1e3}}}", "write 1000"), ("stages: {teacher: {params: {lr: 1e-5}}}", "write 1.0e-05")])
+@pytest.mark.parametrize(
+    "text, hint",
+    [
+        ("stages: {a: 5}", "stages.a = 5"),
+        ("stages: {1: {}}", "stages.1"),
+        ("stages: {}", "at least 1"),
+        ("stages: {teacher: {each: 5}}", "each = 5"),
+        ("stages: {teacher: {each: {a: []}}}", "each.a"),
+        ("stages: {teacher: {params: [1]}}", "params = [1]"),
+        ("stages: {pairs: {inputs: [a]}}", "inputs = ['a']"),
+        ("stages: {pairs: {inputs: {teacher: 5}}}", "inputs.teacher = 5"),
+        ("stages: {table_1_unconditional: {rows: {a: 5}}}", "rows.a = 5: needs a stage"),
+        ("stages: {table_1_unconditional: {rows: {a: {b: [5]}}}}", "needs a stage, a list of stages, or {use"),
+        ("stages: {teacher: {group: [1]}}", "group = [1]"),
+        ("{defaults: [seed], stages: {teacher: }}", "defaults = ['seed']"),
+        ("stages: {teacher: {notebook: 5}}", "notebook = 5"),
+        ("stages: {teacher: {5: 6}}", "stages.teacher.5"),
+        ("stages: [teacher]", "needs a mapping"),
+        ("stages: {teacher: {params: {out: 2020-13-45}}}", "not yaml"),
+        ("about: \xff", "not yaml"),
+        ("stages: {teacher: {each: {a: [1, 2]}}}", "two stages are named 'teacher'"),
+        (
+            "stages: {t_1: {notebook: teacher}, 't_{a}': {notebook: teacher, each: {a: [1]}}}",
+            "two stages are named 't_1'",
+        ),
+        ("stages: {teacher: {params: {steps: 1e3}}}", "write 1000"),
+        ("stages: {teacher: {params: {lr: 1e-5}}}", "write 1.0e-05"),
+    ],
+)
 def test_a_profile_of_the_wrong_shape(said, tmp_path, text, hint):
     (tmp_path / "p.yaml").write_bytes(text.encode("latin-1"))
     line = said(cli.main, "stages", "--root", ROOT, "--profile", tmp_path / "p.yaml")
@@ -61,14 +113,16 @@ def test_a_profile_of_the_wrong_shape(said, tmp_path, text, hint):
 @pytest.mark.parametrize("name, text", [("steps", "1e3"), ("lr", "1e-3"), ("lr", "1e-5"), ("lr", "1e3")])
 def test_a_hint_about_yaml_is_accepted_when_followed(name, text):
     declared = declared_parameters(PAPER / "student.ipynb")
-    with pytest.raises(ConfigError) as e: check_parameters("demo", declared, {name: yaml.safe_load(text)})
+    with pytest.raises(ConfigError) as e:
+        check_parameters("demo", declared, {name: yaml.safe_load(text)})
     follow = str(e.value).split("write ")[1]
     assert check_parameters("demo", declared, {name: yaml.safe_load(follow)})[name] == float(text)
 
 
 @pytest.mark.parametrize("name, text", [("steps", "-1e3"), ("lr", "inf"), ("steps", "1.5e0"), ("steps", "many")])
 def test_no_hint_where_no_number_would_do(name, text):
-    with pytest.raises(ConfigError) as e: check_parameters("demo", declared_parameters(PAPER / "student.ipynb"), {name: text})
+    with pytest.raises(ConfigError) as e:
+        check_parameters("demo", declared_parameters(PAPER / "student.ipynb"), {name: text})
     assert "write" not in str(e.value)
 
 
@@ -82,7 +136,9 @@ def clone(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("text", ["not json", "[]", '{"stages": 5}', '{"stages": {"teacher": 5}}', '{"stages": {"teacher": {}}}'])
+@pytest.mark.parametrize(
+    "text", ["not json", "[]", '{"stages": 5}', '{"stages": {"teacher": 5}}', '{"stages": {"teacher": {}}}']
+)
 def test_a_damaged_manifest(said, clone, text):
     (clone / "results/smoke/manifest.json").write_text(text)
     assert "damaged manifest" in said(cli.main, "stages", "--root", clone, "--profile", "smoke")
@@ -92,28 +148,44 @@ def test_a_damaged_manifest(said, clone, text):
 def test_a_damaged_published_record(tmp_path, text):
     (tmp_path / "cpu/records/get").mkdir(parents=True)
     (tmp_path / "cpu/records/get/record.json").write_text(text)
-    with pytest.raises(FileError, match="damaged record"): measured_rates(tmp_path)
+    with pytest.raises(FileError, match="damaged record"):
+        measured_rates(tmp_path)
 
 
-@pytest.mark.parametrize("notebook, given, hint", [
-    ("teacher", ["steps={a"], "is not yaml"), ("teacher", ["out=/proc/x"], "cannot write to /proc/x"), ("teacher", ["lr=1e-3"], "write 0.001"), ("teacher", ["steps=1e3"], "write 1000"),
-    ("evaluate", ["inputs={model: nowhere, classifier: nowhere}"], "not in its inputs"), ("evaluate", ["inputs={modle: x}"], "did you mean 'model'"),
-    ("student", ["inputs={pair: x}"], "did you mean 'pairs'"), ("student", ["inputs={pairs: 5}"], "needs the name of a folder"), ("student", ["inputs={pairs: nowhere}"], "nowhere"),
-    ("kd", ["inputs={pairs: nowhere}"], "nowhere"), ("pairs", ["inputs={teacher: nowhere}"], "nowhere")])
+@pytest.mark.parametrize(
+    "notebook, given, hint",
+    [
+        ("teacher", ["steps={a"], "is not yaml"),
+        ("teacher", ["out=/proc/x"], "cannot write to /proc/x"),
+        ("teacher", ["lr=1e-3"], "write 0.001"),
+        ("teacher", ["steps=1e3"], "write 1000"),
+        ("evaluate", ["inputs={model: nowhere, classifier: nowhere}"], "not in its inputs"),
+        ("evaluate", ["inputs={modle: x}"], "did you mean 'model'"),
+        ("student", ["inputs={pair: x}"], "did you mean 'pairs'"),
+        ("student", ["inputs={pairs: 5}"], "needs the name of a folder"),
+        ("student", ["inputs={pairs: nowhere}"], "nowhere"),
+        ("kd", ["inputs={pairs: nowhere}"], "nowhere"),
+        ("pairs", ["inputs={teacher: nowhere}"], "nowhere"),
+    ],
+)
 def test_a_launched_notebook_with_wrong_parameters(said, tmp_path, monkeypatch, notebook, given, hint):
     monkeypatch.chdir(ROOT)
     out = [] if given[0].startswith("out") else [f"out={tmp_path / 'out'}"]
     assert hint in said(launch.main, PAPER / f"{notebook}.ipynb", *out, *given)
 
 
-@pytest.mark.parametrize("other", [["--stage", "teacher"], ["--group", "a"], ["--fresh"], ["--keep"], ["--dry-run"], ["--cores", "2"]])
+@pytest.mark.parametrize(
+    "other", [["--stage", "teacher"], ["--group", "a"], ["--fresh"], ["--keep"], ["--dry-run"], ["--cores", "2"]]
+)
 def test_redraw_goes_with_nothing_that_chooses_stages(said, other):
     assert f"not with {other[0]}" in said(cli.main, "reproduce", "--root", ROOT, "--redraw", *other)
 
 
 @pytest.mark.parametrize("command", ["stages", "reproduce"])
 def test_a_stage_or_a_group(said, command):
-    assert "choose one of the two" in said(cli.main, command, "--root", ROOT, "--stage", "teacher", "--group", "students")
+    assert "choose one of the two" in said(
+        cli.main, command, "--root", ROOT, "--stage", "teacher", "--group", "students"
+    )
 
 
 @pytest.mark.parametrize("stage", [None, "pairs"])
@@ -127,6 +199,7 @@ def test_a_dry_run_says_what_fresh_would_run(monkeypatch, capsys, tmp_path, stag
 def test_every_task_of_the_benchmark_can_be_asked_for():
     from typing import get_args, get_type_hints
     from get_nb.lab.bench import BenchConfig
+
     option = next(p for p in cli.bench.params if p.name == "tasks")
     assert tuple(option.type.choices) == get_args(get_args(get_type_hints(BenchConfig)["tasks"])[0])
 

@@ -1,4 +1,5 @@
 """A small training, a small set of pairs and a small student, for tests that need several processes: python -m toy train|pairs|student FOLDER [name=value ...]."""
+
 import json
 import os
 import sys
@@ -15,11 +16,13 @@ from get_nb.pairs import PairDataset, PairsConfig, generate_pairs, recipe_of
 from get_nb.lab.train import TrainConfig, batch_indices, train
 
 os.environ.setdefault("GET_NB_PROGRESS", "off")
-CONFIG = dict(steps=50, batch_size=32, lr=3e-3, clip=1., schedule="linear", ema_half_life=300, checkpoint_every=10, log_every=1)
+CONFIG = dict(
+    steps=50, batch_size=32, lr=3e-3, clip=1.0, schedule="linear", ema_half_life=300, checkpoint_every=10, log_every=1
+)
 RECIPE = dict(n=120, num_classes=10, shape=(1, 8, 8), num_steps=3, shard_size=10, batch_size=5, teacher="toy")
 
 
-def fit(folder, pause=0., die=-1, poison=-1, watch=None, **change):
+def fit(folder, pause=0.0, die=-1, poison=-1, watch=None, **change):
     "Fit a small network to noisy sines; -> ema, history."
     seed_everything(0, "init")
     cfg = TrainConfig(**CONFIG | change)
@@ -31,14 +34,17 @@ def fit(folder, pause=0., die=-1, poison=-1, watch=None, **change):
         time.sleep(pause)
         if step == die and os.environ.get("RANK") == "1":
             os.kill(os.getpid(), 9)
-        return ((model(x) - x.sum(1, keepdim=True).sin() + .1 * noise)**2).mean() * (float("nan") if step == poison else 1)
+        return ((model(x) - x.sum(1, keepdim=True).sin() + 0.1 * noise) ** 2).mean() * (
+            float("nan") if step == poison else 1
+        )
 
     return train(model, loss_fn, cfg, folder, desc="toy", watch=watch)
 
 
 class Denoiser(torch.nn.Module):
     "A small conditional denoiser with fixed weights."
-    def __init__(self, pause=0.):
+
+    def __init__(self, pause=0.0):
         super().__init__()
         seed_everything(0, "denoiser")
         self.conv, self.pause = torch.nn.Conv2d(1, 1, 3, padding=1), pause
@@ -49,7 +55,7 @@ class Denoiser(torch.nn.Module):
         return (self.conv(x) + labels.view(-1, 1, 1, 1) / 10) / (1 + sigma**2)
 
 
-def make(folder, pause=0., **change):
+def make(folder, pause=0.0, **change):
     "Make the toy pairs; -> the manifest."
     return generate_pairs(Denoiser(pause).eval(), folder, PairsConfig(**RECIPE | change))
 
@@ -59,9 +65,22 @@ def learnable(folder, n=120):
     folder.mkdir(parents=True)
     noise, label = torch.randn((n, 1, 8, 8), generator=torch_rng("learnable")), torch.arange(n) % 10
     image = (noise + (label.view(-1, 1, 1, 1) - 4.5) / 3).tanh()
-    path, recipe = folder / "pairs-00000.safetensors", recipe_of(PairsConfig(n=n, num_classes=10, shape=(1, 8, 8), teacher="learnable"))
-    save_tensors(path, dict(seed=torch.arange(n), label=label, image=image, noise=noise), dict(kind="pairs", recipe=recipe))
-    write_json(folder / "manifest.json", dict(kind="pairs", schema=1, recipe=recipe, shards=[dict(file=path.name, pairs=n, first_seed=0, sha256=sha256_file(path))]))
+    path, recipe = (
+        folder / "pairs-00000.safetensors",
+        recipe_of(PairsConfig(n=n, num_classes=10, shape=(1, 8, 8), teacher="learnable")),
+    )
+    save_tensors(
+        path, dict(seed=torch.arange(n), label=label, image=image, noise=noise), dict(kind="pairs", recipe=recipe)
+    )
+    write_json(
+        folder / "manifest.json",
+        dict(
+            kind="pairs",
+            schema=1,
+            recipe=recipe,
+            shards=[dict(file=path.name, pairs=n, first_seed=0, sha256=sha256_file(path))],
+        ),
+    )
 
 
 def student(folder, fast=False, name="GET-digits/2", options=None, **change):
@@ -69,7 +88,9 @@ def student(folder, fast=False, name="GET-digits/2", options=None, **change):
     seed_everything(0, name)
     model = create_model(name, num_classes=10, image_size=8, channels=1, dim=32, depth=1, **(options or {}))
     cfg = TrainConfig(**CONFIG | dict(lr=1e-3, batch_size=16, checkpoint_every=25) | change)
-    return distill(model, PairDataset(Path(folder) / "pairs"), DistillConfig(n_iter=4), cfg, Path(folder) / "state", fast=fast)
+    return distill(
+        model, PairDataset(Path(folder) / "pairs"), DistillConfig(n_iter=4), cfg, Path(folder) / "state", fast=fast
+    )
 
 
 if __name__ == "__main__":

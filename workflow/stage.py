@@ -1,4 +1,5 @@
 """Run one stage of a profile, and no other: what a job of workflow/Snakefile does. Jobs of different stages may run side by side."""
+
 import argparse
 import sys
 from pathlib import Path
@@ -19,7 +20,9 @@ def main():
     stage, folder = stages[args.stage], runs_folder(args.root, args.profile, args.runs)
     for need in stage.needs:
         if why_run(stages[need], folder):
-            raise ConfigError(f"stage {stage.name}: {need} does not hold ({why_run(stages[need], folder)}); run it first")
+            raise ConfigError(
+                f"stage {stage.name}: {need} does not hold ({why_run(stages[need], folder)}); run it first"
+            )
     reason = why_run(stage, folder)
     if reason:
         print(f"{stage.name}: running ({reason})", flush=True)

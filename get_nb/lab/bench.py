@@ -52,12 +52,7 @@ def timed(f, device) -> float:
     return time.perf_counter() - began
 
 
-def take_turns(
-    contenders: dict,
-    rounds: int,
-    device="cpu",
-    yardsticks: dict = None,
-) -> list:
+def take_turns(contenders: dict, rounds: int, device="cpu", yardsticks: dict = None) -> list:
     """Interleaved measurements.
 
     Args:
@@ -77,10 +72,7 @@ def take_turns(
     return [turn() for _ in range(rounds + 1)][1:]
 
 
-def paired(
-    rounds: list,
-    names,
-) -> dict:
+def paired(rounds: list, names) -> dict:
     """Medians, and medians of the ratios within a round.
 
     Args:
@@ -119,12 +111,7 @@ def multiplication(way: str, m: int, k: int, n: int, dtype, device):
     return lambda: one_dnn(a, packed)
 
 
-def product_rate(
-    product: tuple,
-    dtype,
-    device,
-    seconds: float = 0.2,
-) -> float:
+def product_rate(product: tuple, dtype, device, seconds: float = 0.2) -> float:
     """How fast a matrix product is, now.
 
     Args:
@@ -527,10 +514,7 @@ def bench_notes(record: dict) -> list:
     return notes
 
 # %% ../../nbs/lab/35_bench.ipynb #6ca50cd9
-def bench_table(
-    folder,
-    record: dict,
-) -> str:
+def bench_table(folder, record: dict) -> str:
     """The paired table of a run.
 
     Args:

@@ -15,10 +15,7 @@ from ..unet import build_teacher, create_diffusers_teacher
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #3be92b92
 BUILDERS = dict(
-    model=build_model,
-    teacher=build_teacher,
-    diffusers=create_diffusers_teacher,
-    classifier=create_classifier,
+    model=build_model, teacher=build_teacher, diffusers=create_diffusers_teacher, classifier=create_classifier
 )
 BUILDERS["one-step"] = create_one_step
 

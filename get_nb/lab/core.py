@@ -59,10 +59,7 @@ def require(ok, message: str, error=ConfigError):
         raise error(message)
 
 # %% ../../nbs/lab/00_core.ipynb #646d313e
-def nearest(
-    word: str,
-    options,
-) -> str:
+def nearest(word: str, options) -> str:
     """The hint that ends an error message.
 
     Args:
@@ -88,10 +85,7 @@ def config(cls):
     return pydantic_dataclass(cls, frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
 
 # %% ../../nbs/lab/00_core.ipynb #a204f753
-def explain(
-    error: ValidationError,
-    known=(),
-) -> str:
+def explain(error: ValidationError, known=()) -> str:
     """The first complaint of a pydantic error, in one line.
 
     Args:
@@ -108,11 +102,7 @@ def explain(
     return f"{name} = {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
 
 # %% ../../nbs/lab/00_core.ipynb #baeba229
-def build_config(
-    cls,
-    values: dict,
-    where: str = "",
-):
+def build_config(cls, values: dict, where: str = ""):
     """Make a configuration from a mapping.
 
     Args:
@@ -178,11 +168,7 @@ def seed_everything(*names):
 Precision = Literal["float32", "bf16", "fp16"]  # of a forward pass
 
 
-def setup(
-    device: str = "auto",
-    threads: int = 0,
-    tf32: bool = False,
-):
+def setup(device: str = "auto", threads: int = 0, tf32: bool = False):
     """Choose device, threads and matrix-multiply precision for this process.
 
     Args:
@@ -253,12 +239,7 @@ class FileBar(tqdm):
         os.replace(path.with_suffix(".tmp"), path)
 
 # %% ../../nbs/lab/00_core.ipynb #ea70fae5
-def progress(
-    iterable=None,
-    total: int = None,
-    desc: str = "",
-    initial: int = 0,
-):
+def progress(iterable=None, total: int = None, desc: str = "", initial: int = 0):
     """Progress with speed and time left; $GET_NB_PROGRESS names a file to show it in, or 'off'.
 
     Args:
@@ -312,11 +293,7 @@ def in_clone(path) -> Path:
     return path if path.is_absolute() or path.exists() else find_root() / path
 
 
-def save_record(
-    folder,
-    values: dict,
-    **arrays,
-) -> dict:
+def save_record(folder, values: dict, **arrays) -> dict:
     """Write record.json and, when arrays are given, record.npz into the stage's folder.
 
     Args:
@@ -338,10 +315,7 @@ def save_record(
     return record
 
 # %% ../../nbs/lab/00_core.ipynb #d31ee963
-def read_record(
-    base,
-    stage: str,
-) -> dict:
+def read_record(base, stage: str) -> dict:
     """Read one stage's record; its arrays, if any, are under the key 'arrays'.
 
     Args:
@@ -367,10 +341,7 @@ def read_record(
     return record
 
 # %% ../../nbs/lab/00_core.ipynb #4e3e4785
-def cell(
-    records,
-    key: str,
-) -> dict:
+def cell(records, key: str) -> dict:
     """A table cell that remembers where it was read. A value that was not measured is None.
 
     Args:
@@ -412,10 +383,7 @@ class Column:
     timing: bool = False
 
 
-def show_cell(
-    c,
-    digits: int = 2,
-) -> str:
+def show_cell(c, digits: int = 2) -> str:
     """How a cell is printed: `7.81`, `7.81 ± 0.40`, text as it is, and a dash for what was not measured.
 
     Args:
@@ -450,14 +418,7 @@ def table_markdown(table: dict) -> str:
     return "\n".join(lines + [""] + [f"- {n}" for n in table["notes"]]) + "\n"
 
 # %% ../../nbs/lab/00_core.ipynb #008f6335
-def save_table(
-    folder,
-    stem: str,
-    title: str,
-    columns: list,
-    rows: list,
-    notes=(),
-) -> str:
+def save_table(folder, stem: str, title: str, columns: list, rows: list, notes=()) -> str:
     """Write a table as json (with the source of each cell) and as markdown.
 
     Args:
@@ -514,12 +475,7 @@ def figure_style():
     )
 
 # %% ../../nbs/lab/00_core.ipynb #5db7f618
-def save_figure(
-    fig,
-    folder,
-    stem: str,
-    data: dict,
-) -> None:
+def save_figure(fig, folder, stem: str, data: dict) -> None:
     """Write a figure and the data behind it.
 
     Args:
@@ -535,10 +491,7 @@ def save_figure(
     (folder / f"{stem}.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 # %% ../../nbs/lab/00_core.ipynb #2ac9af89
-def image_grid(
-    images: np.ndarray,
-    pad: int = 1,
-) -> np.ndarray:
+def image_grid(images: np.ndarray, pad: int = 1) -> np.ndarray:
     """Tile images into one picture.
 
     Args:

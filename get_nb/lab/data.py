@@ -60,10 +60,7 @@ class ImageSet:
         return to_float(self.images).std().item()
 
 # %% ../../nbs/lab/08_data.ipynb #b81658a4
-def load_digits(
-    split: str,
-    split_seed: int = 0,
-) -> ImageSet:
+def load_digits(split: str, split_seed: int = 0) -> ImageSet:
     """scikit-learn's handwritten digits, 8x8, one channel.
 
     Args:
@@ -81,11 +78,7 @@ def load_digits(
     return ImageSet(images[i], torch.from_numpy(y)[i].long(), tuple("0123456789"), f"digits/{split}")
 
 # %% ../../nbs/lab/08_data.ipynb #2de8f5b1
-def polygon(
-    x,
-    y,
-    corners: list,
-):
+def polygon(x, y, corners: list):
     """Distance to the nearest edge; the sign is the parity of edges crossed on the way out.
 
     Args:
@@ -168,11 +161,7 @@ DRAWS = (
 ).split()
 
 
-def draw_numbers(
-    seed: int,
-    start: int,
-    n: int,
-) -> dict:
+def draw_numbers(seed: int, start: int, n: int) -> dict:
     """The numbers that n consecutive images are made of.
 
     Args:
@@ -225,13 +214,7 @@ def hsv(hue, saturation, value):
     return value[:, None] * (1 - saturation[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 
-def texture(
-    u,
-    v,
-    kind,
-    pitch,
-    pixel,
-):
+def texture(u, v, kind, pitch, pixel):
     """Stripes, checks or dots, with edges one pixel wide.
 
     Args:
@@ -305,10 +288,7 @@ def paint(p: dict, d, u, v, x, y, lx, ly, scale, pixel):
     )
 
 # %% ../../nbs/lab/08_data.ipynb #b9632e0b
-def render_shapes(
-    p: dict,
-    size: int,
-):
+def render_shapes(p: dict, size: int):
     """Draw a batch of images.
 
     Args:
@@ -356,12 +336,7 @@ def render_shapes(
     return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8), labels
 
 # %% ../../nbs/lab/08_data.ipynb #6f4bf853
-def make_shapes(
-    n: int,
-    size: int = 16,
-    seed: int = 0,
-    start: int = 0,
-) -> ImageSet:
+def make_shapes(n: int, size: int = 16, seed: int = 0, start: int = 0) -> ImageSet:
     """A stretch of the endless shapes set.
 
     Args:
@@ -375,10 +350,7 @@ def make_shapes(
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels).long(), SHAPES, f"shapes/{seed}")
 
 # %% ../../nbs/lab/08_data.ipynb #198b0776
-def flip_some(
-    x,
-    g,
-):
+def flip_some(x, g):
     """Mirror each image, left to right, with probability one half.
 
     Args:
@@ -405,13 +377,7 @@ def load_split(name: str, split: str, split_seed: int) -> ImageSet:
     return make_shapes(2000, seed=2 * split_seed + (split == "test"))
 
 
-def load_data(
-    name: str,
-    split: str = "train",
-    *,
-    n: int = 20_000,
-    size: int = 16,
-) -> ImageSet:
+def load_data(name: str, split: str = "train", *, n: int = 20_000, size: int = 16) -> ImageSet:
     """A data set by name.
 
     Args:

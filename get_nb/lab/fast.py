@@ -167,12 +167,7 @@ class Linear(torch.autograd.Function):
         )
 
 # %% ../../nbs/lab/27_fast.ipynb #2d2ca8f8
-def product(
-    x,
-    w,
-    bias=None,
-    add=None,
-):
+def product(x, w, bias=None, add=None):
     """x w^T + bias + add in as few passes over memory as the library has.
 
     Args:
@@ -275,12 +270,7 @@ def attention(q, k, v):
     return Attend.apply(q, k, v) if here else F.scaled_dot_product_attention(q, k, v)
 
 # %% ../../nbs/lab/27_fast.ipynb #55e13470
-def fast_block(
-    z,
-    addend,
-    w: BlockWeights,
-    heads: int,
-):
+def fast_block(z, addend, w: BlockWeights, heads: int):
     """x + attention(norm x), then x + mlp(norm x), with everything added to qkv in the product itself.
 
     Args:

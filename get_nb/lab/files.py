@@ -55,10 +55,7 @@ def sha256_file(path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../../nbs/lab/03_files.ipynb #36c1c518
-def tensors_digest(
-    tensors: dict,
-    info: str,
-) -> str:
+def tensors_digest(tensors: dict, info: str) -> str:
     """Digest of what a tensor file says: independent of how it is laid out.
 
     Args:
@@ -78,11 +75,7 @@ def tensors_digest(
     return h.hexdigest()
 
 # %% ../../nbs/lab/03_files.ipynb #3e3b0b98
-def save_tensors(
-    path,
-    tensors: dict,
-    info: dict,
-) -> str:
+def save_tensors(path, tensors: dict, info: dict) -> str:
     """Write tensors and their description, atomically, with a digest.
 
     Args:
@@ -107,10 +100,7 @@ def save_tensors(
     return digest
 
 # %% ../../nbs/lab/03_files.ipynb #eafb299b
-def load_tensors(
-    path,
-    verify: bool = True,
-):
+def load_tensors(path, verify: bool = True):
     """Read tensors and their description. (One metadata key only: safetensors writes several in random order.)
 
     Args:
@@ -290,11 +280,7 @@ def weights_folder() -> Path:
     return Path(os.environ.get("GET_NB_WEIGHTS") or "~/.cache/get_nb/weights").expanduser()
 
 # %% ../../nbs/lab/03_files.ipynb #7402c871
-def find_weights(
-    name: str,
-    path=None,
-    sha256: str = None,
-) -> Path:
+def find_weights(name: str, path=None, sha256: str = None) -> Path:
     """The file of published weights, checked.
 
     Args:

@@ -67,12 +67,7 @@ def cifar_batch(path: Path, md5):
     return data, labels
 
 # %% ../../nbs/lab/07_folders.ipynb #19167f12
-def load_cifar10(
-    split: str,
-    root=None,
-    verify: bool = True,
-    download: bool = False,
-) -> ImageSet:
+def load_cifar10(split: str, root=None, verify: bool = True, download: bool = False) -> ImageSet:
     """CIFAR-10, 32x32, three channels.
 
     Args:
@@ -126,12 +121,7 @@ def read_image(path: Path, size: int = 0):
         raise FileError(f"{path}: not an image that can be read ({e})") from None
 
 # %% ../../nbs/lab/07_folders.ipynb #cc6dab35
-def load_folder(
-    path,
-    split: str,
-    size: int = 0,
-    split_seed: int = 0,
-) -> ImageSet:
+def load_folder(path, split: str, size: int = 0, split_seed: int = 0) -> ImageSet:
     """A folder of images, one sub-folder per class.
 
     Args:

@@ -35,10 +35,7 @@ from .files import fit_weights, read_checkpoint, read_weights
 from .train import TrainConfig, batch_indices, train
 
 # %% ../../nbs/lab/14_metrics.ipynb #475152ea
-def frechet(
-    a: dict,
-    b: dict,
-) -> float:
+def frechet(a: dict, b: dict) -> float:
     """Fréchet distance of two Gaussians.
 
     Args:
@@ -116,12 +113,7 @@ def jitter(x, g):
     return x + 0.1 * torch.randn(x.shape, generator=g).to(x)
 
 # %% ../../nbs/lab/14_metrics.ipynb #ea9d1e1a
-def train_classifier(
-    model: Classifier,
-    data: ImageSet,
-    cfg: TrainConfig,
-    state_dir=None,
-):
+def train_classifier(model: Classifier, data: ImageSet, cfg: TrainConfig, state_dir=None):
     """Cross-entropy on jittered images.
 
     Args:
@@ -142,11 +134,7 @@ def train_classifier(
 
 # %% ../../nbs/lab/14_metrics.ipynb #6f0610df
 @torch.no_grad()
-def class_accuracy(
-    classifier,
-    images,
-    labels,
-) -> float:
+def class_accuracy(classifier, images, labels) -> float:
     """Share of images that the classifier puts in the class asked for.
 
     Args:
@@ -238,13 +226,7 @@ class Bytes(Dataset):
 class FeatureNetwork:
     "uint8 images (N, C, H, W) -> dict of features (N, d) and logits (N, classes), on the CPU."
 
-    def __init__(
-        self,
-        extractor,
-        kind: str,
-        batch_size: int = 500,
-        device="cpu",
-    ):
+    def __init__(self, extractor, kind: str, batch_size: int = 500, device="cpu"):
         """
         Args:
             extractor: a FeatureExtractorBase with the two layers that `layers_of` names
@@ -286,12 +268,7 @@ def layers_of(extractor) -> list:
     return [extractor.get_default_feature_layer_for_metric(m) for m in ("fid", "isc")]
 
 # %% ../../nbs/lab/14_metrics.ipynb #0d61848a
-def load_features(
-    source="inception",
-    device="cpu",
-    path=None,
-    sha256: str = None,
-) -> FeatureNetwork:
+def load_features(source="inception", device="cpu", path=None, sha256: str = None) -> FeatureNetwork:
     """The network in whose features distances are measured.
 
     Args:
@@ -312,11 +289,7 @@ def load_features(
 FEW = 256  # features up to which the bootstrap is cheap
 
 
-def fd_std(
-    features,
-    statistics: dict,
-    draws: int = 20,
-) -> float:
+def fd_std(features, statistics: dict, draws: int = 20) -> float:
     """Bootstrap deviation of a Fréchet distance over the generated samples.
 
     Args:
@@ -336,12 +309,7 @@ def fd_std(
 DISTANCES = 5 * 10**7  # held at a time by precision and recall: 0.2 GB, and five times that while they are sorted
 
 
-def compare(
-    generated,
-    reference,
-    network: FeatureNetwork,
-    only_fd: bool = False,
-) -> dict:
+def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False) -> dict:
     """Distribution metrics between two sets of images.
 
     Args:
@@ -423,10 +391,7 @@ def load_statistics(path) -> dict:
     return s
 
 # %% ../../nbs/lab/14_metrics.ipynb #878880db
-def nearest_training(
-    images,
-    train,
-):
+def nearest_training(images, train):
     """Nearest training image of each sample, in Euclidean pixel distance on [-1, 1].
 
     Args:

@@ -276,14 +276,7 @@ class Scheduler:
 
 # %% ../../nbs/lab/32_pipeline.ipynb #882336ae
 def run_profile(
-    root: Path,
-    profile: str,
-    stage=None,
-    group=None,
-    fresh=False,
-    runs=None,
-    cores=None,
-    keep=False,
+    root: Path, profile: str, stage=None, group=None, fresh=False, runs=None, cores=None, keep=False
 ) -> Path:
     """Run every selected stage whose stamp does not hold.
 

@@ -227,12 +227,7 @@ class Machine(Notebook):
             self.put(self.stack[-1], zip(items[::2], items[1::2], strict=True))
 
 # %% ../../nbs/lab/05_reader.ipynb #e5aa44f9
-def read_pickle(
-    file,
-    where: str,
-    persistent=None,
-    allowed=ALLOWED,
-):
+def read_pickle(file, where: str, persistent=None, allowed=ALLOWED):
     """Read a pickle without running it.
 
     Args:
@@ -348,11 +343,7 @@ def mapped(memory, offset: int, dtype, n: int, where: str):
     return torch.frombuffer(memory, dtype=dtype, count=n, offset=offset) if n else torch.empty(0, dtype=dtype)
 
 # %% ../../nbs/lab/05_reader.ipynb #0bfdbf2a
-def read_legacy(
-    file,
-    where: str,
-    memory=None,
-):
+def read_legacy(file, where: str, memory=None):
     """A torch archive of the older layout: magic, protocol, system, pickle, keys, storages.
 
     Args:
@@ -558,10 +549,7 @@ def carry_out(v: Node, where: str):
     return v
 
 # %% ../../nbs/lab/05_reader.ipynb #367d7cd4
-def read_torch(
-    path,
-    keep: bool = False,
-):
+def read_torch(path, keep: bool = False):
     """Read a file of torch.save without running anything.
 
     Args:

@@ -406,11 +406,7 @@ def stamps(paths) -> list:
     return [(p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
 
 # %% ../../nbs/lab/24_released.ipynb #24f1ad9c
-def import_reference_pairs(
-    src,
-    folder,
-    shard_size: int = 1250,
-) -> dict:
+def import_reference_pairs(src, folder, shard_size: int = 1250) -> dict:
     """Copy released pairs into our format, bit for bit: images float64 where they are, labels as classes.
 
     Args:
@@ -479,10 +475,7 @@ def recognise(path) -> str:
     raise FileError(f"{path}: neither a released GET (.pth), an EDM pickle (.pkl) nor a folder of released pairs")
 
 # %% ../../nbs/lab/24_released.ipynb #8dd65fa2
-def import_file(
-    path,
-    out=None,
-) -> str:
+def import_file(path, out=None) -> str:
     """Recognise a released file and write it in our format.
 
     Args:

@@ -126,10 +126,7 @@ COSTS = dict(
 )  # cost -> its name in the records of the stages that have it
 
 
-def total_cell(
-    records: list,
-    what: str,
-) -> dict:
+def total_cell(records: list, what: str) -> dict:
     """A cost summed over several records, as a cell.
 
     Args:
@@ -143,10 +140,7 @@ def total_cell(
     return dict(value=sum(r[k] for r, k in found), source=[f"{r['stage']}:{k}" for r, k in found], sum=True)
 
 # %% ../../nbs/lab/21_report.ipynb #ad5e7401
-def readme_text(
-    root: Path,
-    text: str,
-) -> str:
+def readme_text(root: Path, text: str) -> str:
     """README.md with its results as they are published.
 
     Args:

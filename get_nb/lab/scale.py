@@ -299,12 +299,7 @@ def assumption_table(a: Assumptions, measured: dict) -> str:
     return table_markdown(dict(title="Assumptions", columns=columns, rows=rows, notes=notes))
 
 # %% ../../nbs/lab/33_scale.ipynb #eecfed2b
-def price(
-    gpus: tuple = (1, 8, 64),
-    record=None,
-    /,
-    **given,
-) -> str:
+def price(gpus: tuple = (1, 8, 64), record=None, /, **given) -> str:
     """The paper profile, priced: assumptions first, then the table.
 
     Args:

@@ -199,11 +199,7 @@ def check_parameter(name: str, kind, value):
         ) from None
 
 
-def check_parameters(
-    where: str,
-    declared: dict,
-    given: dict,
-) -> dict:
+def check_parameters(where: str, declared: dict, given: dict) -> dict:
     """Refuse unknown names, wrong types and values out of range.
 
     Args:
@@ -544,11 +540,7 @@ def older_code(old: dict, new: dict, defaults: dict) -> bool:
     )
 
 
-def why_run(
-    stage: Stage,
-    runs: Path,
-    keep: bool = False,
-) -> str:
+def why_run(stage: Stage, runs: Path, keep: bool = False) -> str:
     """Why a stage has to run.
 
     Args:

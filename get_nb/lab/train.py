@@ -106,12 +106,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return rng("epoch", seed, epoch).permutation(n)
 
 
-def batch_indices(
-    n: int,
-    batch_size: int,
-    step: int,
-    seed: int,
-) -> np.ndarray:
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
     """The images of one step.
 
     Args:
@@ -129,12 +124,7 @@ def batch_indices(
     )
 
 # %% ../../nbs/lab/12_train.ipynb #563fcf5d
-def shares(
-    batch_size: int,
-    rank: int = 0,
-    world: int = 1,
-    accumulate: int = 1,
-) -> list:
+def shares(batch_size: int, rank: int = 0, world: int = 1, accumulate: int = 1) -> list:
     """The parts of a step's batch that one process works on, one after the other.
 
     Args:
@@ -400,10 +390,7 @@ def save_state(run: Run):
         old.unlink(missing_ok=True)
 
 # %% ../../nbs/lab/12_train.ipynb #ebb3fefb
-def find_state(
-    folder: Path,
-    what: dict,
-):
+def find_state(folder: Path, what: dict):
     """The checkpoint to go on from.
 
     Args:
@@ -619,15 +606,7 @@ def report(run: Run, watch, bar):
         run.curve["watch"].append(dict(step=run.step, **{k: float(v) for k, v in seen.items()}))
 
 # %% ../../nbs/lab/12_train.ipynb #06f6759c
-def train(
-    model,
-    loss_fn,
-    cfg: TrainConfig,
-    state_dir=None,
-    identity: dict = None,
-    desc: str = "train",
-    watch=None,
-):
+def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = None, desc: str = "train", watch=None):
     """Train for cfg.steps steps, resuming from `state_dir` if it holds a checkpoint. Raises TrainingError, FileError, ConfigError, Stopped.
 
     Args:

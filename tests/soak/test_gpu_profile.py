@@ -1,4 +1,5 @@
 """The gpu profile, shrunk until a CPU can run it: every stage of the real profile, through the real pipeline."""
+
 import json
 
 import yaml
@@ -6,7 +7,24 @@ import yaml
 from conftest import ROOT, get_nb
 from get_nb.lab.stages import load_profile
 
-SMALL = dict(device="cpu", threads=1, steps=4, batch_size=16, warmup=1, checkpoint_every=2, n=64, shard_size=32, num_steps=2, samples=300, floor_splits=2, teacher="unet-digits", tflop=0., start=4, monitor_samples=100, monitor_every=2)
+SMALL = dict(
+    device="cpu",
+    threads=1,
+    steps=4,
+    batch_size=16,
+    warmup=1,
+    checkpoint_every=2,
+    n=64,
+    shard_size=32,
+    num_steps=2,
+    samples=300,
+    floor_splits=2,
+    teacher="unet-digits",
+    tflop=0.0,
+    start=4,
+    monitor_samples=100,
+    monitor_every=2,
+)
 
 
 def shrunk(profile):

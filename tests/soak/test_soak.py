@@ -1,4 +1,5 @@
 """Long campaigns, run by `make soak`: whole chains repeated, and kills at random moments."""
+
 import json
 import os
 import random
@@ -13,18 +14,24 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 COMMAND = [sys.executable, "-c", "from get_nb.lab.cli import main; main()"]
-PROFILE = os.environ.get("SOAK_PROFILE", "smoke")     # SOAK_PROFILE=cpu repeats the real thing
+PROFILE = os.environ.get("SOAK_PROFILE", "smoke")  # SOAK_PROFILE=cpu repeats the real thing
 KILLS = int(os.environ.get("SOAK_KILLS", 8))
 
 
 def reproduce(runs, *args):
-    done = subprocess.run([*COMMAND, "reproduce", "--profile", PROFILE, "--runs", str(runs), *args], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*COMMAND, "reproduce", "--profile", PROFILE, "--runs", str(runs), *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def tables(runs):
     from get_nb.lab.pipeline import untimed
+
     return {p.stem: untimed(json.loads(p.read_text())) for p in sorted((runs / PROFILE).glob("table_*/table_*.json"))}
 
 
@@ -44,7 +51,13 @@ def test_kills_at_random_moments_change_nothing(first, tmp_path):
     seed = int(os.environ.get("SOAK_SEED", 0))
     rng, began = random.Random(seed), time.time()
     for i in range(KILLS):
-        process = subprocess.Popen([*COMMAND, "reproduce", "--profile", PROFILE, "--runs", str(tmp_path)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            [*COMMAND, "reproduce", "--profile", PROFILE, "--runs", str(tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             process.wait(rng.uniform(2, 20))
         except subprocess.TimeoutExpired:
@@ -62,6 +75,7 @@ def test_kills_at_random_moments_change_nothing(first, tmp_path):
 def test_flipped_bytes_in_every_artifact_are_found(first, tmp_path):
     from get_nb.lab.core import FileError
     from get_nb.lab.files import load_tensors
+
     rng, flips = random.Random(1), 0
     for path in sorted((first / PROFILE).rglob("*.safetensors")):
         good = path.read_bytes()

@@ -1,4 +1,5 @@
 """Compiled training by the fused formulation: minutes of compiling, so not in `make test`. Run by `make soak`."""
+
 import sys
 from pathlib import Path
 

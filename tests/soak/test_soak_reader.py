@@ -1,4 +1,5 @@
 """Long campaign on the reader of foreign files, run by `make soak`: random bit flips in each accepted layout."""
+
 import os
 
 import pytest

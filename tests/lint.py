@@ -1,0 +1,178 @@
+"""The house rules for notebooks, as functions that return what is wrong: python tests/lint.py [NOTEBOOK ...]
+
+Spine (nbs/NN_*.ipynb): functions of at most 25 lines, at most 150 exported lines. Lab (nbs/lab): 30 and 250.
+Docstrings, comments and blank lines are not counted. No line of code over 120 characters.
+Every public function, class and method says in its docstring what each argument is, what is returned and what is raised.
+"""
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SPINE = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+LAB = sorted((ROOT / "nbs/lab").glob("*.ipynb"))
+PAPER = sorted((ROOT / "nbs/paper").glob("*.ipynb"))
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+SIDE_EFFECTS = ast.BoolOp | ast.IfExp | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+
+
+def cells(path, kind="code"):
+    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def is_exported(text):
+    return re.match(r"#\|\s*export", text) is not None
+
+
+def exported(path):
+    "The exported code of a notebook, cell by cell."
+    return [s for s in map(source, cells(path)) if is_exported(s)]
+
+
+def module_of(path):
+    "Name of the module that a notebook exports, such as 'solvers' or 'lab.core'; '' if it exports none."
+    return next((m[1] for c in cells(path) if (m := re.search(r"#\|\s*default_exp (\S+)", source(c)))), "")
+
+
+def counted(text):
+    "Numbers of the lines that count: no docstring, comment or blank line."
+    tree, skip = ast.parse(text), set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Module | ast.ClassDef | FUNCTIONS) and ast.get_docstring(n) is not None:
+            skip |= set(range(n.body[0].lineno, n.body[0].end_lineno + 1))
+    lines = enumerate(text.split("\n"), 1)
+    return {i for i, line in lines if line.strip() and not line.strip().startswith("#") and i not in skip}
+
+
+def sizes(path):
+    "Functions and rooms that are too long."
+    lab = path.parent.name == "lab"
+    most, room = (30, 250) if lab else (25, 150)
+    total = 0
+    for text in exported(path):
+        lines = counted(text)
+        total += len(lines)
+        for n in ast.walk(ast.parse(text)):
+            if isinstance(n, FUNCTIONS):
+                own = sum(n.lineno <= i <= n.end_lineno for i in lines)
+                if own > most:
+                    yield f"{path.name}: {n.name} has {own} lines, {most} at most"
+    if total > room:
+        yield f"{path.name}: exports {total} lines, {room} at most"
+
+
+def long_lines(path):
+    "Lines of code that are cut off on the page."
+    for number, c in enumerate(cells(path)):
+        for line in source(c).split("\n"):
+            if len(line) > 120:
+                yield f"{path.name}: code cell {number}: a line of {len(line)} characters: {line.strip()[:60]}"
+
+
+def side_effects(path):
+    "Expressions that are evaluated for what they do."
+    for number, c in enumerate(cells(path)):
+        body = ast.parse(source(c)).body
+        last = body[-1] if body else None
+        for n in (n for s in body for n in ast.walk(s)):
+            shown = n is last and not is_exported(source(c))  # a notebook shows the value of its last line
+            if isinstance(n, ast.Expr) and isinstance(n.value, SIDE_EFFECTS) and not shown:
+                yield f"{path.name}: code cell {number}: {ast.unparse(n)[:70]}: a statement says it better"
+
+
+def sections(doc):
+    "A docstring's sections: heading -> text."
+    parts = re.split(r"(?m)^\s*(Args|Attributes|Returns|Yields|Raises):\s*$", doc)
+    return dict(zip(parts[1::2], parts[2::2]))
+
+
+def named(section):
+    "Names that a section explains; several may share a line."
+    found = re.findall(r"(?m)^\s*((?:\*{0,2}\w+(?:, )?)+)(?: \([^)]*\))?:\s*\S", section)
+    return {name.strip("* ") for names in found for name in names.split(",")}
+
+
+def says_nothing(section):
+    return re.findall(r"(?m)^\s*([\w, *]+):\s*$", section)
+
+
+def raises(node):
+    "Does a function raise on purpose?"
+    return any(isinstance(n, ast.Raise) and n.exc is not None for n in ast.walk(node))
+
+
+def returns(node):
+    inner = {id(x) for n in ast.walk(node) if isinstance(n, FUNCTIONS | ast.Lambda) and n is not node for x in ast.walk(n)}
+    return any(isinstance(n, ast.Return) and n.value is not None and id(n) not in inner for n in ast.walk(node))
+
+
+def undocumented(name, node, doc):
+    "What the docstring of a function leaves out; `doc` may be its class's, for __init__."
+    if not doc:
+        yield f"{name}: no docstring"
+        return
+    part = sections(doc)
+    a = node.args
+    args = [*a.posonlyargs, *a.args, *([a.vararg] if a.vararg else []), *a.kwonlyargs, *([a.kwarg] if a.kwarg else [])]
+    wanted = [x.arg for x in args if x.arg not in ("self", "cls") and not x.arg.startswith("_")]
+    missing = [w for w in wanted if w not in named(part.get("Args", "") + part.get("Attributes", ""))]
+    if missing:
+        yield f"{name}: its docstring does not say what {', '.join(missing)} are"
+    property_like = any("property" in ast.unparse(d) for d in node.decorator_list)
+    if wanted and returns(node) and not {"Returns", "Yields"} & part.keys() and not property_like:
+        yield f"{name}: its docstring does not say what is returned"
+    if raises(node) and "Raises" not in part and node.name != "__init__":
+        yield f"{name}: its docstring does not say what is raised"
+    for k in part:
+        for empty in says_nothing(part[k]):
+            yield f"{name}: {k}: {empty.strip()} is not explained"
+
+
+def is_command(node):
+    "Is it a command of the command line? Its options explain themselves under --help."
+    return any(re.search(r"\.(command|group)\b", ast.unparse(d)) for d in node.decorator_list)
+
+
+def docstrings(path):
+    "Public names whose `help()` is not enough to use them."
+    for text in exported(path):
+        for n in ast.parse(text).body:
+            if isinstance(n, FUNCTIONS) and not n.name.startswith("_") and not is_command(n):
+                yield from (f"{path.name}: {m}" for m in undocumented(n.name, n, ast.get_docstring(n)))
+            if isinstance(n, ast.ClassDef) and not n.name.startswith("_"):
+                yield from (f"{path.name}: {m}" for m in class_docstrings(n))
+
+
+def class_docstrings(node):
+    doc = ast.get_docstring(node) or ""
+    if not doc:
+        yield f"{node.name}: no docstring"
+    fields = [f.target.id for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+    part = sections(doc)
+    known = named(part.get("Attributes", "") + part.get("Args", ""))
+    missing = [f for f in fields if f not in known and not f.startswith("_")]
+    if missing:
+        yield f"{node.name}: its docstring does not say what {', '.join(missing)} are"
+    for n in node.body:
+        if not isinstance(n, FUNCTIONS) or (n.name.startswith("_") and n.name != "__init__"):
+            continue
+        yield from undocumented(f"{node.name}.{n.name}", n, doc if n.name == "__init__" else ast.get_docstring(n))
+
+
+RULES = (sizes, long_lines, side_effects, docstrings)
+
+
+def problems(path):
+    return [m for rule in RULES for m in rule(path)]
+
+
+if __name__ == "__main__":
+    found = [m for p in (map(Path, sys.argv[1:]) if sys.argv[1:] else [*SPINE, *LAB, *PAPER]) for m in problems(p.resolve())]
+    print("\n".join(found) or "nothing to say")
+    sys.exit(bool(found))
