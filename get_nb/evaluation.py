@@ -43,7 +43,7 @@ from .lab.fast import Fast
 from .lab.checkpoints import load_checkpoint
 from .lab.files import atomic_path
 from .lab.metrics import FeatureNetwork, compare, copy_share, load_features, load_statistics
-from .equilibrium_get import GET, ViT
+from .get import GET, ViT
 from .pairs import draw_noise
 from .precond import EDMPrecond
 from .sampler import SAMPLERS, num_evaluations

@@ -29,7 +29,8 @@ from ..evaluation import training_cost
 from .counting import flops
 from .fast import Compiled, Fast, has_one_dnn, one_dnn
 from .files import save_tensors, sha256_file, write_json
-from ..equilibrium_get import GET, MODELS, with_options
+from ..get import GET
+from ..presets import MODELS, with_options
 from .checkpoints import create_model
 from ..pairs import PairDataset, PairsConfig, draw_noise, recipe_of
 from ..sampler import heun_sample

@@ -6,7 +6,7 @@
 __all__ = ['BUILDERS', 'load_checkpoint', 'load_weights', 'create_model', 'create_teacher']
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #92db4521
-from ..equilibrium_get import build_model
+from ..presets import build_model
 from ..kd import create_one_step
 from .core import ConfigError, FileError, UnsafeFileError, nearest
 from .files import fit_weights, read_checkpoint

@@ -18,7 +18,7 @@ from ..distillation import DistillConfig
 from ..evaluation import training_cost
 from .counting import flops
 from .core import FileError
-from ..equilibrium_get import GET
+from ..get import GET
 from .checkpoints import create_model
 from ..precond import edm_loss
 from ..sampler import num_evaluations

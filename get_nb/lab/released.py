@@ -26,7 +26,7 @@ from get_nb.lab.files import (
     sha256_file,
     write_json,
 )
-from ..equilibrium_get import MODELS
+from ..presets import MODELS
 from .checkpoints import create_model
 from .reader import MAGIC, Node, read_pickle, read_torch, resolve, short
 from .checkpoints import create_teacher

@@ -20,7 +20,8 @@ from pydantic import Field
 import get_nb.lab.core
 from .core import build_config, config, table_markdown
 from .core import FileError
-from ..equilibrium_get import GETConfig, MODELS
+from ..get import GETConfig
+from ..presets import MODELS
 from .checkpoints import create_model
 from .checkpoints import create_teacher
 
