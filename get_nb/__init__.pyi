@@ -10,6 +10,7 @@ from .lab.released import import_reference_pairs as import_reference_pairs, load
 from .lab.train import TrainConfig as TrainConfig, train as train
 from .pairs import PairDataset as PairDataset, generate_pairs as generate_pairs
 from .sampler import edm_sigmas as edm_sigmas, euler_sample as euler_sample, heun_sample as heun_sample
-from .solvers import anderson as anderson, broyden as broyden, fixed_point_iter as fixed_point_iter, solve as solve
+from .fixed_point import fixed_point_iter as fixed_point_iter
+from .solvers import anderson as anderson, broyden as broyden, solve as solve
 
 __version__: str

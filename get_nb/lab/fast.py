@@ -18,7 +18,7 @@ from .core import ConfigError, Precision, autocast
 from ..gradients import normalize_state, unroll, unroll_constant
 from ..layers import unpatchify
 from ..equilibrium_get import GET, ViT
-from ..solvers import fixed_point_iter
+from ..fixed_point import fixed_point_iter
 
 # %% ../../nbs/lab/27_fast.ipynb #a54f368b
 NAMES = (
