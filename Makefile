@@ -10,7 +10,7 @@ QUIET   := GET_NB_PROGRESS=off OMP_NUM_THREADS=1
 export JUPYTER_PLATFORM_DIRS := 1
 
 help:            ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PROFILE=$(PROFILE)     profile of make reproduce: a name in nbs/paper/profiles"
 
 $(READY): constraints.txt settings.ini setup.py pyproject.toml

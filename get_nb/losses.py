@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from .lab.core import ConfigError, nearest
-from .lab.core import FileError
+from .lab.core import ConfigError, FileError, nearest
 from .lab.files import read_weights, sha256_file
 
 # %% ../nbs/30_losses.ipynb #4a77935f

@@ -21,9 +21,7 @@ from pathlib import Path
 import click
 
 from . import pipeline
-from . import stages as chain
-from .core import EVAL_SEED, ConfigError, find_root, nearest
-from .core import FileError
+from .core import EVAL_SEED, ConfigError, FileError, find_root, nearest
 from .files import write_json
 
 # %% ../../nbs/lab/36_cli.ipynb #fcfe2383

@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import FileError, UnreadableFileError, UnsafeFileError
-from .core import ConfigError, is_main, nearest
+from .core import ConfigError, FileError, UnreadableFileError, UnsafeFileError, is_main, nearest
 
 # %% ../../nbs/lab/03_files.ipynb #7dcedda3
 @contextmanager

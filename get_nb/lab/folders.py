@@ -16,9 +16,8 @@ import torch
 from PIL import Image, ImageOps
 from sklearn import model_selection
 
-from .core import ConfigError, find_root, nearest, progress
+from .core import ConfigError, FileError, find_root, nearest, progress
 from .data import ImageSet
-from .core import FileError
 from .reader import read_array_pickle
 
 # %% ../../nbs/lab/07_folders.ipynb #44e40c24

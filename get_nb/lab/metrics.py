@@ -28,9 +28,8 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
-from .core import ConfigError, build_config, config, rng, to_uint8, torch_rng
+from .core import ConfigError, FileError, build_config, config, rng, to_uint8, torch_rng
 from .data import ImageSet, to_float
-from .core import FileError
 from .files import fit_weights, read_checkpoint, read_weights
 from .train import TrainConfig, batch_indices, train
 
