@@ -20,6 +20,7 @@ from pathlib import Path
 
 import click
 
+import get_nb.lab.stages as chain
 from . import pipeline
 from .core import EVAL_SEED, ConfigError, FileError, find_root, nearest
 from .files import write_json
