@@ -7,7 +7,7 @@ __all__ = ['Commands', 'cli', 'main', 'options', 'reproduce', 'list_stages', 'sh
            'evaluate', 'import_', 'installed', 'package_lines', 'machine_lines', 'file_lines', 'weights_lines',
            'doctor', 'pairs', 'info', 'verify', 'merge', 'bench', 'price']
 
-# %% ../../nbs/lab/36_cli.ipynb #1f59135b
+# %% ../../nbs/lab/36_cli.ipynb #6deaac2e
 import importlib
 import importlib.util
 import json
@@ -22,6 +22,7 @@ import click
 
 import get_nb.lab.stages as chain
 from . import pipeline
+from . import stages as chain
 from .core import EVAL_SEED, ConfigError, FileError, find_root, nearest
 from .files import write_json
 
