@@ -21,9 +21,9 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from tqdm.std import tqdm
 
-# %% ../../nbs/lab/00_core.ipynb #daf0c75e
+# %% ../../nbs/lab/00_core.ipynb #329d36d5
 class ConfigError(ValueError):
-    "A configuration, argument or parameter that cannot be used; the message is one line that names culprit and way out."
+    "A configuration, argument or parameter that cannot be used; the message names the culprit and the way out."
 
 # %% ../../nbs/lab/00_core.ipynb #ec17f959
 class FileError(ValueError):
