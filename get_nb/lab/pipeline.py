@@ -24,7 +24,6 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.std import tqdm
 
-import get_nb.lab.core
 from .core import ConfigError
 from .files import atomic_path, sha256_file, write_json
 from .records import provenance
