@@ -10,7 +10,7 @@ import math
 
 from torch import nn
 
-from .unet import build_teacher
+from .teachers import build_teacher
 
 # %% ../nbs/40_kd.ipynb #22febce2
 class OneStep(nn.Module):
@@ -51,7 +51,7 @@ def create_one_step(name: str, *, sigma_max: float = 80.0, **kw):
     """A one-step generator with fresh weights: what a checkpoint of kind 'one-step' is built by.
 
     Args:
-        name: a key of get_nb.unet.TEACHERS
+        name: a key of get_nb.teachers.TEACHERS
         sigma_max: noise level of the one evaluation
         **kw: as for build_teacher
 

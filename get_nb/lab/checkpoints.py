@@ -11,7 +11,8 @@ from ..kd import create_one_step
 from .core import ConfigError, FileError, UnsafeFileError, nearest
 from .files import fit_weights, read_checkpoint
 from .metrics import create_classifier
-from ..unet import build_teacher, create_diffusers_teacher
+from .diffusers import create_diffusers_teacher
+from ..teachers import build_teacher
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #3be92b92
 BUILDERS = dict(

@@ -23,7 +23,7 @@ from .checkpoints import create_model
 from ..precond import edm_loss
 from ..sampler import num_evaluations
 from .checkpoints import create_teacher
-from ..unet import TEACHERS
+from ..teachers import TEACHERS
 
 # %% ../../nbs/lab/34_price.ipynb #2adb4e2e
 SHAPES = {

@@ -30,7 +30,7 @@ from ..equilibrium_get import MODELS
 from .checkpoints import create_model
 from .reader import MAGIC, Node, read_pickle, read_torch, resolve, short
 from .checkpoints import create_teacher
-from ..unet import load_diffusers
+from .diffusers import load_diffusers
 
 # %% ../../nbs/lab/24_released.ipynb #aad900b8
 def finite_tensors(state, path) -> dict:
