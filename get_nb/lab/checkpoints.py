@@ -10,9 +10,8 @@ from ..equilibrium_get import build_model
 from ..kd import create_one_step
 from .classifier import create_classifier
 from .core import ConfigError, FileError, UnsafeFileError, nearest
-from .files import fit_weights, read_checkpoint
-from .metrics import create_classifier
 from .diffusers import create_diffusers_teacher
+from .files import fit_weights, read_checkpoint
 from ..teachers import build_teacher
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #7d0b1973
