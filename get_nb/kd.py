@@ -10,7 +10,7 @@ import math
 
 from torch import nn
 
-from .unet import build_teacher
+from .teachers import build_teacher
 
 # %% ../nbs/40_kd.ipynb #a5f1377b
 class OneStep(nn.Module):
