@@ -16,7 +16,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 
 from .lab.core import config, require, torch_rng
-from .lab.data import ImageSet
+from .lab.images import ImageSet
 from .lab.train import TrainConfig, batch_indices, train
 from .sampler import edm_sigmas
 
