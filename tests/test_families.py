@@ -116,7 +116,7 @@ def test_a_stopped_halving_goes_on_in_its_round_and_ends_the_same(tmp_path, monk
     once, calls = run(tmp_path / "once"), []
     import get_nb.progressive as module
 
-    real = module.progressive_batch
+    real = module._examples
 
     def failing(*args):
         calls.append(args)
@@ -124,7 +124,7 @@ def test_a_stopped_halving_goes_on_in_its_round_and_ends_the_same(tmp_path, monk
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(module, "progressive_batch", failing)
+    monkeypatch.setattr(module, "_examples", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "twice")
     again = run(tmp_path / "twice")

@@ -165,7 +165,7 @@ class BenchConfig:
         batch_size: images per step
         n_iter: iterations unrolled in training
         rounds: measured rounds
-        teacher: key of get_nb.unet.TEACHERS
+        teacher: key of get_nb.teachers.TEACHERS
         teacher_batch: images of the teacher, which is slow
         teacher_rounds: measured rounds of it
         num_steps: of the teacher's sampler

@@ -10,8 +10,9 @@ from ..equilibrium_get import build_model
 from ..kd import create_one_step
 from .classifier import create_classifier
 from .core import ConfigError, FileError, UnsafeFileError, nearest
+from .diffusers import create_diffusers_teacher
 from .files import fit_weights, read_checkpoint
-from ..unet import build_teacher, create_diffusers_teacher
+from ..teachers import build_teacher
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #7d0b1973
 _BUILDERS = {

@@ -22,7 +22,7 @@ from .counting import flops
 from .records import cpu_name, table_markdown
 from ..precond import edm_loss
 from ..sampler import num_evaluations
-from ..unet import TEACHERS
+from ..teachers import TEACHERS
 
 # %% ../../nbs/lab/34_price.ipynb #2adb4e2e
 SHAPES = {

@@ -18,6 +18,7 @@ import torch
 from ..equilibrium_get import MODELS
 from .checkpoints import create_model, create_teacher
 from .core import ConfigError, FileError, progress
+from .diffusers import load_diffusers
 from get_nb.lab.files import (
     check_fit,
     fit_weights,
@@ -28,7 +29,6 @@ from get_nb.lab.files import (
     write_json,
 )
 from .reader import MAGIC, Node, read_pickle, read_torch, resolve, short
-from ..unet import load_diffusers
 
 # %% ../../nbs/lab/24_released.ipynb #aad900b8
 def finite_tensors(state, path) -> dict:
