@@ -14,9 +14,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .core import ConfigError, Precision, autocast
-from ..gradients import normalize_state, unroll, unroll_constant
-from ..layers import unpatchify
 from ..equilibrium_get import GET, ViT
 from ..fixed_point import fixed_point_iter
 
