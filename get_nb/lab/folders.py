@@ -18,7 +18,7 @@ from sklearn import model_selection
 
 from .core import ConfigError, FileError, find_root, nearest, progress
 from .data import ImageSet
-from .reader import read_array_pickle
+from .pickles import read_array_pickle
 
 # %% ../../nbs/lab/07_folders.ipynb #44e40c24
 CIFAR_FILES = dict(
