@@ -399,7 +399,7 @@ def file_lines(root: Path) -> list:
 # %% ../../nbs/lab/36_cli.ipynb #ad336304
 def weights_lines() -> list:
     "Feature networks whose files are looked for locally."
-    from get_nb.lab.files import WEIGHTS, find_weights
+    from get_nb.lab.weights import WEIGHTS, find_weights
 
     lines = []
     for name in WEIGHTS:

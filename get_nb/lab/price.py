@@ -17,11 +17,12 @@ from ..distillation import DistillConfig
 from ..equilibrium_get import GET
 from ..evaluation import training_cost
 from .checkpoints import create_model, create_teacher
-from .core import FileError, cpu_name, table_markdown
+from .core import FileError
 from .counting import flops
+from .records import cpu_name, table_markdown
 from ..precond import edm_loss
 from ..sampler import num_evaluations
-from ..unet import TEACHERS
+from ..teachers import TEACHERS
 
 # %% ../../nbs/lab/34_price.ipynb #2adb4e2e
 SHAPES = {
