@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from sklearn import model_selection
 
 from .core import ConfigError, FileError, find_root, nearest, progress
-from .data import ImageSet
+from .images import ImageSet
 from .pickles import read_array_pickle
 
 # %% ../../nbs/lab/07_folders.ipynb #8027785b

@@ -14,9 +14,9 @@ import torch
 
 from .archives import MAGIC, read_torch
 from .core import ConfigError, FileError, progress
+from .diffusers import load_diffusers
 from .files import load_tensors, save_checkpoint, save_tensors, sha256_file, write_json
 from .released import finite_tensors, load_edm_pickle, load_reference_get
-from ..unet import load_diffusers
 
 # %% ../../nbs/lab/26_imports.ipynb #e0183a63
 def _numbered(folder: Path) -> dict:
