@@ -82,7 +82,7 @@ def test_an_interrupted_import_goes_on_with_the_next_shard(tmp_path, monkeypatch
     whole, calls = import_reference_pairs(tmp_path / "src", tmp_path / "whole", 4), []
     save = imports.save_tensors
     monkeypatch.setattr(
-        checkpoints,
+        imports,
         "save_tensors",
         lambda path, *a: (
             calls.append(path) or (save(path, *a) if len(calls) < 4 else (_ for _ in ()).throw(KeyboardInterrupt))

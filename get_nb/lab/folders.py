@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from sklearn import model_selection
 
-from .core import ConfigError, FileError, find_root, nearest, progress
+from .core import ConfigError, FileError, find_root, nearest, progress, require
 from .images import ImageSet
 from .pickles import read_array_pickle
 
