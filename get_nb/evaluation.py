@@ -22,22 +22,6 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .lab.counting import flops
-from .lab.released import load_edm_pickle, load_reference_get
-from get_nb.lab.core import (
-    EVAL_SEED,
-    Column,
-    ConfigError,
-    Ints,
-    autocast,
-    config,
-    image_grid,
-    progress,
-    setup,
-    table_markdown,
-    to_uint8,
-)
-from .lab.data import ImageSet, load_data
 from .distillation import DistillConfig, distill_loss
 from .lab.fast import Fast
 from .lab.checkpoints import load_checkpoint

@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from .core import ConfigError, in_clone, is_main, nearest
-from .core import FileError
+from .core import ConfigError, FileError, in_clone, is_main, nearest
 from .train import TrainConfig, TrainingError, batch_indices, learning_rate, train  # noqa: F401  (used on this page)
 
 # %% ../../nbs/lab/30_launch.ipynb #effb8f20
@@ -65,7 +64,7 @@ def set_parameters(namespace: dict, source: str, values: dict):
         ConfigError:
     """
     exec(source, namespace)
-    check = importlib.import_module("get_nb.lab.stages").check_parameter  # as in a profile
+    check = importlib.import_module("get_nb.lab.parameters").check_parameter  # as in a profile
     types = {n.target.id: ast.unparse(n.annotation) for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)}
     for name, text in values.items():
         if name not in types:
