@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_checkpoint', 'load_weights', 'create_model', 'create_teacher']
 
-# %% ../../nbs/lab/23_checkpoints.ipynb #92db4521
+# %% ../../nbs/lab/23_checkpoints.ipynb #58918291
 from ..presets import build_model
 from ..kd import create_one_step
 from .classifier import create_classifier

@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .core import ConfigError, Precision, autocast
-from ..gradients import normalize_state, unroll, unroll_constant
-from ..layers import unpatchify
+from ..fixed_point import fixed_point_iter
 from ..get import GET, ViT
-from ..solvers import fixed_point_iter
+from ..gradients import normalize_state, unroll, unroll_constant
+from .core import ConfigError, Precision, autocast
+from ..layers import unpatchify
 
 # %% ../../nbs/lab/27_fast.ipynb #a54f368b
 NAMES = (

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from ..distillation import DistillConfig
-from ..evaluation import training_cost
-from .counting import flops
-from .core import FileError
 from ..get import GET
-from .checkpoints import create_model
+from ..evaluation import training_cost
+from .checkpoints import create_model, create_teacher
+from .core import FileError
+from .counting import flops
+from .records import cpu_name, table_markdown
 from ..precond import edm_loss
 from ..sampler import num_evaluations
 from ..teachers import TEACHERS

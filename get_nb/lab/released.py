@@ -10,22 +10,12 @@ from pathlib import Path
 
 import torch
 
-from .core import ConfigError, progress
-from .core import FileError
-from get_nb.lab.files import (
-    check_fit,
-    fit_weights,
-    load_tensors,
-    save_checkpoint,
-    save_tensors,
-    sha256_file,
-    write_json,
-)
 from ..presets import MODELS
-from .checkpoints import create_model
-from .reader import MAGIC, Node, read_pickle, read_torch, resolve, short
-from .checkpoints import create_teacher
-from ..unet import load_diffusers
+from .archives import read_torch, resolve
+from .checkpoints import create_model, create_teacher
+from .core import ConfigError, FileError
+from .files import check_fit, fit_weights
+from .pickles import Node, read_pickle, short
 
 # %% ../../nbs/lab/24_released.ipynb #a5e11964
 def finite_tensors(state, path) -> dict:
