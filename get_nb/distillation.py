@@ -18,7 +18,8 @@ from .lab.fast import Fast, only
 from .jacobian import jacobian_penalty, residual_penalty
 from .losses import get_loss
 from .pairs import PairDataset
-from .lab.train import TrainConfig, batch_indices, train
+from .lab.schedule import TrainConfig, batch_indices
+from .lab.train import train
 
 # %% ../nbs/31_distillation.ipynb #0c6f35cc
 @config

@@ -18,7 +18,8 @@ from pydantic import PositiveFloat, PositiveInt
 from .lab.core import ConfigError, config, torch_rng
 from .lab.data import ImageSet
 from .sampler import edm_sigmas
-from .lab.train import TrainConfig, batch_indices, train
+from .lab.schedule import TrainConfig, batch_indices
+from .lab.train import train
 
 # %% ../nbs/41_progressive.ipynb #20e66156
 def ddim_step(x, D_x, sigma, sigma_next):

@@ -4,6 +4,7 @@ Spine (nbs/NN_*.ipynb): functions of at most 25 lines, at most 150 exported line
 Docstrings, comments and blank lines are not counted. No line of code over 120 characters.
 Every public function, class and method says in its docstring what each argument is, what is returned and what is raised.
 """
+
 import ast
 import json
 import re
@@ -108,7 +109,9 @@ def raises(node):
 
 
 def returns(node):
-    inner = {id(x) for n in ast.walk(node) if isinstance(n, FUNCTIONS | ast.Lambda) and n is not node for x in ast.walk(n)}
+    inner = {
+        id(x) for n in ast.walk(node) if isinstance(n, FUNCTIONS | ast.Lambda) and n is not node for x in ast.walk(n)
+    }
     return any(isinstance(n, ast.Return) and n.value is not None and id(n) not in inner for n in ast.walk(node))
 
 
@@ -173,6 +176,8 @@ def problems(path):
 
 
 if __name__ == "__main__":
-    found = [m for p in (map(Path, sys.argv[1:]) if sys.argv[1:] else [*SPINE, *LAB, *PAPER]) for m in problems(p.resolve())]
+    found = [
+        m for p in (map(Path, sys.argv[1:]) if sys.argv[1:] else [*SPINE, *LAB, *PAPER]) for m in problems(p.resolve())
+    ]
     print("\n".join(found) or "nothing to say")
     sys.exit(bool(found))

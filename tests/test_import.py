@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import released
-from get_nb.lab.train import checkpoints
+from get_nb.lab.state import checkpoints
 from get_nb.lab.released import find_preset, import_file, import_reference_pairs, load_edm_pickle, load_reference_get
 from get_nb.lab.cli import main
 from get_nb.lab.core import ConfigError, seed_everything

@@ -34,7 +34,7 @@ from .checkpoints import create_model
 from ..pairs import PairDataset, PairsConfig, draw_noise, recipe_of
 from ..sampler import heun_sample
 from ..solvers import SOLVERS
-from .train import ema_update
+from .schedule import ema_update
 from .checkpoints import create_teacher
 
 # %% ../../nbs/lab/35_bench.ipynb #76cb6f95

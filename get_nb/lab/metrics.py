@@ -32,7 +32,8 @@ from .core import ConfigError, build_config, config, rng, to_uint8, torch_rng
 from .data import ImageSet, to_float
 from .core import FileError
 from .files import fit_weights, read_checkpoint, read_weights
-from .train import TrainConfig, batch_indices, train
+from .schedule import TrainConfig, batch_indices
+from .train import train
 
 # %% ../../nbs/lab/14_metrics.ipynb #475152ea
 def frechet(a: dict, b: dict) -> float:
