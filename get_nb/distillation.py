@@ -12,10 +12,11 @@ from typing import Literal
 import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from .lab.core import ConfigError, Fraction, Ints, config, rng
 from .gradients import correction_weights, supervised
-from .lab.fast import Fast, only
 from .jacobian import jacobian_penalty, residual_penalty
+from .lab.core import ConfigError, Fraction, Ints, config, rng
+from .lab.fast import Fast, only
+from .lab.train import TrainConfig, batch_indices, train
 from .losses import get_loss
 from .pairs import PairDataset
 from .lab.schedule import TrainConfig, batch_indices

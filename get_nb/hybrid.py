@@ -8,7 +8,6 @@ __all__ = ['pairs_term', 'real_batches', 'refine']
 # %% ../nbs/46_hybrid.ipynb #fe6660b9
 from dataclasses import asdict
 
-from .lab.data import ImageSet
 from .distillation import DistillConfig, distill_loss
 from .gdd import GDD, GanConfig, train_gan
 from .pairs import PairDataset

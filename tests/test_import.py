@@ -23,7 +23,7 @@ from get_nb.lab.checkpoints import create_model
 from get_nb.pairs import PairDataset, merge_pairs
 from get_nb.sampler import edm_sigmas, heun_sample
 from get_nb.lab.checkpoints import create_teacher
-from get_nb.unet import load_diffusers
+from get_nb.lab.diffusers import load_diffusers
 from test_parity import STATE, shapes_in
 
 
