@@ -10,8 +10,9 @@ from dataclasses import asdict
 
 from .distillation import DistillConfig, distill_loss
 from .gdd import GDD, GanConfig, train_gan
-from .pairs import PairDataset
+from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices
+from .pairs import PairDataset
 
 # %% ../nbs/46_hybrid.ipynb #0d0c38e6
 def pairs_term(pairs: PairDataset, cfg: DistillConfig, weight: float, batch_size: int, seed: int):

@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
-from .lab.core import ConfigError, config, torch_rng
-from .lab.data import ImageSet
-from .sampler import edm_sigmas
+from .lab.core import config, require, torch_rng
+from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices
 from .lab.train import train
+from .sampler import edm_sigmas
 
 # %% ../nbs/41_progressive.ipynb #a15e8020
 def ddim_step(x, D_x, sigma, sigma_next):

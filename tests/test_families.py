@@ -23,7 +23,7 @@ from get_nb.lab.classifier import create_classifier
 from get_nb.lab.checkpoints import create_model
 from get_nb.pairs import PairDataset, PairsConfig, generate_pairs
 from get_nb.progressive import ProgressiveConfig, distill_progressively
-from get_nb.lab.stages import load_profile
+from get_nb.lab.profiles import load_profile
 from get_nb.lab.schedule import TrainConfig
 from get_nb.lab.state import checkpoints
 from get_nb.lab.checkpoints import create_teacher

@@ -14,8 +14,8 @@ from get_nb.discriminator import ClassifierPyramid, Discriminator, Discriminator
 from get_nb.gdd import GDD, GanConfig, train_gan
 from get_nb.kd import OneStep
 from get_nb.lab.data import load_data
-from get_nb.lab.metrics import create_classifier
-from get_nb.unet import build_teacher
+from get_nb.lab.classifier import create_classifier
+from get_nb.teachers import build_teacher
 from get_nb.distillation import DistillConfig, distill
 from get_nb.lab.files import save_tensors, sha256_file, write_json
 from get_nb.lab.checkpoints import create_model

@@ -31,12 +31,10 @@ from .counting import LiveMemory, flops
 from .fast import Compiled, Fast, has_one_dnn, one_dnn
 from .files import save_tensors, sha256_file, write_json
 from .records import Column, cell, save_record, save_table
-from .train import ema_update
+from .schedule import ema_update
 from ..pairs import PairDataset, PairsConfig, draw_noise, recipe_of
 from ..sampler import heun_sample
 from ..solvers import SOLVERS
-from .schedule import ema_update
-from .checkpoints import create_teacher
 
 # %% ../../nbs/lab/35_bench.ipynb #76cb6f95
 def timed(f, device) -> float:

@@ -24,12 +24,10 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
-from .core import ConfigError, build_config, config, rng, to_uint8, torch_rng
-from .data import ImageSet, to_float
-from .core import FileError
-from .files import fit_weights, read_checkpoint, read_weights
-from .schedule import TrainConfig, batch_indices
-from .train import train
+from .classifier import load_classifier
+from .core import ConfigError, FileError, require, rng
+from .images import to_float
+from .weights import read_weights
 
 # %% ../../nbs/lab/14_metrics.ipynb #bb3ad695
 def frechet(a: dict, b: dict) -> float:
