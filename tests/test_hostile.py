@@ -23,9 +23,9 @@ import pytest
 import torch
 
 import released
-from get_nb.lab import reader
-from get_nb.lab.state import checkpoints
-from get_nb.lab.released import import_reference_pairs, load_edm_pickle, load_reference_get
+from get_nb.lab import pickles
+from get_nb.lab.imports import import_reference_pairs
+from get_nb.lab.released import load_edm_pickle, load_reference_get
 from get_nb.lab.checkpoints import load_checkpoint
 from get_nb.lab.core import FileError, UnsafeFileError
 from get_nb.lab.files import save_tensors

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import released
-from get_nb.lab.state import checkpoints
-from get_nb.lab.released import find_preset, import_file, import_reference_pairs, load_edm_pickle, load_reference_get
+from get_nb.lab import imports
+from get_nb.lab.imports import import_file, import_reference_pairs
+from get_nb.lab.released import find_preset, load_edm_pickle, load_reference_get
 from get_nb.lab.cli import main
 from get_nb.lab.core import ConfigError, seed_everything
 from get_nb.lab.data import load_data
