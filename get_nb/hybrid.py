@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 from .distillation import DistillConfig, distill_loss
 from .gdd import GanConfig, train_gan
-from .lab.data import ImageSet
+from .lab.images import ImageSet
 from .lab.train import batch_indices
 from .pairs import PairDataset
 

@@ -14,7 +14,8 @@ import torch
 from torch.nn import functional as F
 
 from .lab.core import ConfigError, FileError, nearest
-from .lab.files import read_weights, sha256_file
+from .lab.files import sha256_file
+from .lab.weights import read_weights
 
 # %% ../nbs/30_losses.ipynb #4a77935f
 def l1(image, target):

@@ -20,7 +20,8 @@ from pydantic import Field
 import get_nb.lab.core
 from ..equilibrium_get import MODELS, GETConfig
 from .checkpoints import create_model, create_teacher
-from .core import FileError, build_config, config, table_markdown
+from .core import FileError, build_config, config
+from .records import table_markdown
 
 # %% ../../nbs/lab/33_scale.ipynb #e2625b8e
 def block_macs(tokens: int, dim: int, ratio: float) -> float:
