@@ -10,7 +10,8 @@ import json
 import re
 from pathlib import Path
 
-from .core import ConfigError, find_root, nearest, require, show_cell, table_markdown
+from .core import ConfigError, find_root, nearest, require
+from .records import show_cell, table_markdown
 
 # %% ../../nbs/lab/37_readme.ipynb #9d9b3333
 def _read_block(text: str):
