@@ -32,7 +32,7 @@ from .counting import LiveMemory, flops
 from .fast import Compiled, Fast, has_one_dnn, one_dnn
 from .files import save_tensors, sha256_file, write_json
 from .records import Column, cell, save_record, save_table
-from .train import ema_update
+from .schedule import ema_update
 from ..pairs import PairDataset, PairsConfig, draw_noise, recipe_of
 from ..sampler import heun_sample
 from ..solvers import SOLVERS
