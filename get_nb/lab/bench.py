@@ -22,9 +22,8 @@ import torch
 from pydantic import PositiveInt
 
 from ..distillation import DistillConfig, distill_loss
-from ..get import GET
-from ..presets import MODELS, with_options
 from ..evaluation import training_cost
+from ..get import GET
 from ..gradients import unroll
 from .checkpoints import create_model, create_teacher
 from .core import ConfigError, autocast, config, seed_everything, setup
@@ -34,6 +33,7 @@ from .files import save_tensors, sha256_file, write_json
 from .records import Column, cell, save_record, save_table
 from .schedule import ema_update
 from ..pairs import PairDataset, PairsConfig, draw_noise, recipe_of
+from ..presets import MODELS, with_options
 from ..sampler import heun_sample
 from ..solvers import SOLVERS
 
