@@ -15,7 +15,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from .gradients import correction_weights, supervised
 from .jacobian import jacobian_penalty, residual_penalty
 from .lab.core import ConfigError, Fraction, Ints, config, rng
-from .lab.fast import Fast, only
+from .lab.fast import Fast, require_options
 from .lab.schedule import TrainConfig, batch_indices
 from .lab.train import train
 from .losses import get_loss
@@ -127,7 +127,7 @@ def formulation(model, cfg: DistillConfig, train_cfg: TrainConfig, fast: bool):
         raise ConfigError("fast: residual and jacobian penalties need the model's own trajectory; leave fast out")
     if train_cfg.compile not in ("", "default"):
         raise ConfigError(f"fast: compiled in mode 'default' only, not {train_cfg.compile!r}")
-    only(model, gradient="unrolled")
+    require_options(model, gradient="unrolled")
     return Fast(model, train_cfg.precision, bool(train_cfg.compile))
 
 # %% ../nbs/31_distillation.ipynb #4b17debe

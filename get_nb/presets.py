@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MODELS', 'build_model', 'with_options']
 
-# %% ../nbs/26_presets.ipynb #a8ceb5d8
+# %% ../nbs/26_presets.ipynb #433682f5
 import copy
 from dataclasses import asdict
 
 from .equilibrium_get import EquilibriumConfig, EquilibriumGET, check_combination
-from .get import RELEASED_SIZES, GETConfig, TransformerConfig, ViT
+from .get import GETConfig, RELEASED_SIZES, TransformerConfig, ViT
 from .lab.core import ConfigError, build_config, nearest, require
 
 # %% ../nbs/26_presets.ipynb #ab5fb57c

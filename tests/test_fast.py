@@ -14,7 +14,8 @@ from get_nb.lab.core import ConfigError, seed_everything, torch_rng
 from get_nb.lab.counting import LiveMemory
 from get_nb.distillation import DistillConfig, distill, distill_loss
 from get_nb.evaluation import cost, generate, sample_to_file, training_cost
-from get_nb.lab.fast import Compiled, Fast, Linear, attention
+from get_nb.lab.fast import Compiled, Fast
+from get_nb.lab.kernels import LinearFunction, attention
 from get_nb.lab.files import save_checkpoint
 from get_nb.presets import with_options
 from get_nb.lab.checkpoints import create_model
@@ -127,7 +128,7 @@ def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, wide, bias
         return (torch.nn.functional.gelu(x) if gelu else x) @ w.T + b * bias + a * add
 
     def ours():
-        return Linear.apply(
+        return LinearFunction.apply(
             x.to(dtype), w.to(dtype), b.to(dtype) if bias else None, a.to(dtype) if add else None, gelu
         ).float()
 

@@ -28,7 +28,8 @@ from ..gradients import unroll
 from .checkpoints import create_model, create_teacher
 from .core import ConfigError, autocast, config, seed_everything, setup
 from .counting import LiveMemory, flops
-from .fast import Compiled, Fast, has_one_dnn, one_dnn
+from .fast import Compiled, Fast
+from .kernels import has_one_dnn, one_dnn
 from .files import save_tensors, sha256_file, write_json
 from .records import Column, cell, save_record, save_table
 from .schedule import ema_update
