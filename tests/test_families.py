@@ -22,7 +22,7 @@ from get_nb.lab.classifier import create_classifier
 from get_nb.lab.checkpoints import create_model
 from get_nb.pairs import PairDataset, PairsConfig, generate_pairs
 from get_nb.progressive import ProgressiveConfig, distill_progressively
-from get_nb.lab.stages import load_profile
+from get_nb.lab.profiles import load_profile
 from get_nb.lab.train import TrainConfig, TrainingError, checkpoints
 from get_nb.lab.checkpoints import create_teacher
 
@@ -116,7 +116,7 @@ def test_a_stopped_halving_goes_on_in_its_round_and_ends_the_same(tmp_path, monk
     once, calls = run(tmp_path / "once"), []
     import get_nb.progressive as module
 
-    real = module.progressive_batch
+    real = module._examples
 
     def failing(*args):
         calls.append(args)
@@ -124,7 +124,7 @@ def test_a_stopped_halving_goes_on_in_its_round_and_ends_the_same(tmp_path, monk
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(module, "progressive_batch", failing)
+    monkeypatch.setattr(module, "_examples", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "twice")
     again = run(tmp_path / "twice")

@@ -64,7 +64,7 @@ def set_parameters(namespace: dict, source: str, values: dict):
         ConfigError:
     """
     exec(source, namespace)
-    check = importlib.import_module("get_nb.lab.stages").check_parameter  # as in a profile
+    check = importlib.import_module("get_nb.lab.parameters").check_parameter  # as in a profile
     types = {n.target.id: ast.unparse(n.annotation) for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)}
     for name, text in values.items():
         if name not in types:

@@ -131,7 +131,7 @@ def painter(stage, stages: dict):
 
 
 def price_stage(stage, stages: dict, data: str) -> dict:
-    """The price of one stage (of get_nb.lab.stages) by its notebook.
+    """The price of one stage (of get_nb.lab.profiles) by its notebook.
 
     Args:
         stage, stages, data: kind, evaluations, pflop, memory_gb, disk_gb; empty when it costs nothing or cannot be told
