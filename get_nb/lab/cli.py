@@ -435,7 +435,7 @@ def doctor(root):
         click.echo(f"{'ok     ' if ok else 'MISSING' if required else '-      '} {text}")
     sys.exit(0 if all(ok for ok, required, _ in lines if required) else 1)
 
-# %% ../../nbs/lab/36_cli.ipynb #6f63f20b
+# %% ../../nbs/lab/36_cli.ipynb #ebdbd5cd
 @cli.group(cls=Commands)
 def pairs():
     "Look at, check or join folders of pairs."
@@ -445,7 +445,7 @@ def pairs():
 @click.argument("folder", type=click.Path())
 def info(folder):
     "What a folder of pairs holds, as json."
-    from get_nb.pairs import pairs_info
+    from get_nb.lab.store import pairs_info
 
     click.echo(json.dumps(pairs_info(folder), indent=1))
 
@@ -454,12 +454,14 @@ def info(folder):
 @click.argument("folder", type=click.Path())
 def verify(folder):
     "Hash every shard again and compare with the manifest."
-    from get_nb.pairs import read_manifest, verify_pairs
+    from get_nb.lab.store import read_pairs_manifest, verify_pairs
 
     wrong = verify_pairs(folder, afresh=True)
     if wrong:
-        raise FileError(f"{len(wrong)} of {len(read_manifest(folder)['shards'])} shards are wrong: {'; '.join(wrong)}")
-    click.echo(f"{folder}: {len(read_manifest(folder)['shards'])} shards, all whole")
+        raise FileError(
+            f"{len(wrong)} of {len(read_pairs_manifest(folder)['shards'])} shards are wrong: {'; '.join(wrong)}"
+        )
+    click.echo(f"{folder}: {len(read_pairs_manifest(folder)['shards'])} shards, all whole")
 
 
 @pairs.command()
@@ -467,7 +469,7 @@ def verify(folder):
 @click.argument("folders", nargs=-1, required=True, type=click.Path())
 def merge(target, folders):
     "Join FOLDERS, of one recipe and different seeds, in the new folder TARGET."
-    from get_nb.pairs import merge_pairs
+    from get_nb.lab.generation import merge_pairs
 
     click.echo(
         f"{target}: {merge_pairs(folders, target)['recipe']['n']} pairs in {len(list(Path(target).glob('pairs-*')))} shards"
