@@ -6,12 +6,12 @@ import pytest
 import yaml
 
 from conftest import ROOT
-from get_nb.lab.cli import cli
-from get_nb.lab.launch import launch
+from get_nb.lab import cli, launch
 from get_nb.lab.core import ConfigError
 from get_nb.lab.core import FileError
 from get_nb.lab.price import measured_rates
-from get_nb.lab.stages import check_parameters, declared_parameters, load_profile
+from get_nb.lab.parameters import check_parameters, declared_parameters
+from get_nb.lab.profiles import load_profile
 
 PAPER = ROOT / "nbs/paper"
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from ..distillation import DistillConfig
-from ..equilibrium_get import GET
 from ..evaluation import training_cost
+from ..get import GET
 from .checkpoints import create_model, create_teacher
 from .core import FileError
 from .counting import flops
@@ -131,7 +131,7 @@ def painter(stage, stages: dict):
 
 
 def price_stage(stage, stages: dict, data: str) -> dict:
-    """The price of one stage (of get_nb.lab.stages) by its notebook.
+    """The price of one stage (of get_nb.lab.profiles) by its notebook.
 
     Args:
         stage, stages, data: kind, evaluations, pflop, memory_gb, disk_gb; empty when it costs nothing or cannot be told
