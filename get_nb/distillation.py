@@ -16,7 +16,8 @@ from .gradients import correction_weights, supervised
 from .jacobian import jacobian_penalty, residual_penalty
 from .lab.core import ConfigError, Fraction, Ints, config, rng
 from .lab.fast import Fast, only
-from .lab.train import TrainConfig, batch_indices, train
+from .lab.schedule import TrainConfig, batch_indices
+from .lab.train import train
 from .losses import get_loss
 from .pairs import PairDataset
 

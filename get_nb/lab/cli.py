@@ -300,7 +300,7 @@ def import_(file, out, download):
     if download and file != "cifar10":
         raise ConfigError(f"--download: only cifar10 can be fetched, not {file!r}; put the file here yourself")
     if file != "cifar10" or Path(file).exists():
-        from get_nb.lab.released import import_file
+        from get_nb.lab.imports import import_file
 
         return click.echo(import_file(file, out))
     from get_nb.lab.folders import load_cifar10

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from ..distillation import DistillConfig
-from ..equilibrium_get import GET
 from ..evaluation import training_cost
+from ..get import GET
 from .checkpoints import create_model, create_teacher
 from .core import FileError
 from .counting import flops

@@ -18,10 +18,11 @@ import torch
 from pydantic import Field
 
 import get_nb.lab.core
-from ..equilibrium_get import MODELS, GETConfig
+from ..get import GETConfig
 from .checkpoints import create_model, create_teacher
 from .core import FileError, build_config, config
 from .records import table_markdown
+from ..presets import MODELS
 
 # %% ../../nbs/lab/33_scale.ipynb #e2625b8e
 def block_macs(tokens: int, dim: int, ratio: float) -> float:
