@@ -181,6 +181,16 @@ def test_redraw_goes_with_nothing_that_chooses_stages(said, other):
     assert f"not with {other[0]}" in said(cli.main, "reproduce", "--root", ROOT, "--redraw", *other)
 
 
+@pytest.mark.parametrize("other", [["--group", "a"], ["--keep"]])
+def test_what_is_redrawn_is_published_as_a_whole(said, other):
+    assert f"not with {other[0]}" in said(cli.main, "publish", "--root", ROOT, "--redrawn", *other)
+
+
+def test_nothing_is_published_before_it_is_redrawn(said, tmp_path):
+    line = said(cli.main, "publish", "--root", ROOT, "--profile", "cpu", "--redrawn", "--runs", tmp_path)
+    assert "is not redrawn (not run yet)" in line and "--redraw" in line
+
+
 @pytest.mark.parametrize("command", ["stages", "reproduce"])
 def test_a_stage_or_a_group(said, command):
     assert "choose one of the two" in said(
