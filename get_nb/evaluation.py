@@ -23,7 +23,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .distillation import DistillConfig, distill_loss
-from .equilibrium_get import GET, ViT
+from .get import GET, ViT
 from .lab.checkpoints import load_checkpoint
 from .lab.core import EVAL_SEED, ConfigError, Ints, autocast, config, progress, setup
 from .lab.counting import flops

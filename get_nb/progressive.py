@@ -17,7 +17,8 @@ from pydantic import PositiveFloat, PositiveInt
 
 from .lab.core import config, require, torch_rng
 from .lab.images import ImageSet
-from .lab.train import TrainConfig, batch_indices, train
+from .lab.schedule import TrainConfig, batch_indices
+from .lab.train import train
 from .sampler import edm_sigmas
 
 # %% ../nbs/41_progressive.ipynb #a15e8020

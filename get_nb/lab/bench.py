@@ -22,8 +22,8 @@ import torch
 from pydantic import PositiveInt
 
 from ..distillation import DistillConfig, distill_loss
-from ..equilibrium_get import GET, MODELS, with_options
 from ..evaluation import training_cost
+from ..get import GET
 from ..gradients import unroll
 from .checkpoints import create_model, create_teacher
 from .core import ConfigError, autocast, config, seed_everything, setup

@@ -162,10 +162,10 @@ def list_stages(root, profile, stage=None, group=None, runs=None, keep=False, fr
 
 def show_price(root, profile, stage=None, group=None):
     "Print evaluations, FLOPs, memory, disk and hours of the selected stages."
-    from get_nb.lab.price import measured_rates, price_table, this_machine
+    from get_nb.lab.price import measured_rates, price_stages, this_machine
 
     selected = select_stages(load_profile(root, profile), stage, group)
-    click.echo("\n" + price_table(selected, measured_rates(root / "results"), this_machine()))
+    click.echo("\n" + price_stages(selected, measured_rates(root / "results"), this_machine()))
 
 
 @cli.command()
@@ -539,4 +539,4 @@ def price(gpus, record, given):
     except ValueError:
         raise ConfigError(f"--set {' '.join(given)}: NAME=NUMBER, e.g. peak=8e14") from None
     whole = {k: int(v) for k, v in values.items() if k in ("per_machine", "samples") and v.is_integer()}
-    click.echo(importlib.import_module("get_nb.lab.scale").price(gpus, record, **values | whole))
+    click.echo(importlib.import_module("get_nb.lab.price").price_paper(gpus, record, **values | whole))
