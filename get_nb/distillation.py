@@ -16,8 +16,9 @@ from .gradients import correction_weights, supervised
 from .jacobian import jacobian_penalty, residual_penalty
 from .lab.core import ConfigError, Fraction, Ints, config, rng
 from .lab.fast import Fast, only
+from .lab.schedule import TrainConfig, batch_indices
 from .lab.store import PairDataset
-from .lab.train import TrainConfig, batch_indices, train
+from .lab.train import train
 from .losses import get_loss
 
 # %% ../nbs/31_distillation.ipynb #0c6f35cc

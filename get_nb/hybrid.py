@@ -11,8 +11,8 @@ from dataclasses import asdict
 from .distillation import DistillConfig, distill_loss
 from .gdd import GDD, GanConfig, train_gan
 from .lab.images import ImageSet
+from .lab.schedule import batch_indices
 from .lab.store import PairDataset
-from .lab.train import batch_indices
 
 # %% ../nbs/46_hybrid.ipynb #0d0c38e6
 def pairs_term(pairs: PairDataset, cfg: DistillConfig, weight: float, batch_size: int, seed: int):

@@ -9,13 +9,20 @@ from pathlib import Path
 
 import torch
 
+from get_nb.lab.core import seed_everything, torch_rng
+from get_nb.discriminator import ClassifierPyramid, Discriminator, DiscriminatorConfig
+from get_nb.gdd import GDD, GanConfig, train_gan
+from get_nb.kd import OneStep
+from get_nb.lab.data import load_data
+from get_nb.lab.classifier import create_classifier
+from get_nb.teachers import build_teacher
 from get_nb.distillation import DistillConfig, distill
 from get_nb.lab.checkpoints import create_model
-from get_nb.lab.core import seed_everything, torch_rng
 from get_nb.lab.generation import generate_pairs
 from get_nb.lab.store import PairDataset, save_pairs
-from get_nb.lab.train import TrainConfig, batch_indices, train
 from get_nb.pairs import PairsConfig
+from get_nb.lab.schedule import TrainConfig, batch_indices
+from get_nb.lab.train import train
 
 os.environ.setdefault("GET_NB_PROGRESS", "off")
 CONFIG = dict(

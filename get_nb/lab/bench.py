@@ -30,8 +30,8 @@ from .core import ConfigError, autocast, config, seed_everything, setup
 from .counting import LiveMemory, flops
 from .fast import Compiled, Fast, has_one_dnn, one_dnn
 from .records import Column, cell, save_record, save_table
+from .schedule import ema_update
 from .store import PairDataset, save_pairs
-from .train import ema_update
 from ..pairs import draw_noise
 from ..sampler import heun_sample
 from ..solvers import SOLVERS

@@ -24,7 +24,7 @@ from get_nb.lab.files import load_tensors  # noqa: E402
 from get_nb.lab.generation import generate_pairs  # noqa: E402
 from get_nb.lab.store import PairDataset, read_pairs_manifest, verify_pairs  # noqa: E402
 from get_nb.pairs import PairsConfig  # noqa: E402
-from get_nb.lab.train import checkpoints  # noqa: E402
+from get_nb.lab.state import checkpoints  # noqa: E402
 
 SEED = int(os.environ.get("SOAK_SEED", 0))
 KILLS = int(os.environ.get("SOAK_KILLS", 25))  # over teacher, pairs and student
