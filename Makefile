@@ -5,11 +5,12 @@ VENV    := .venv
 READY   := $(VENV)/.ready
 RUN     := $(VENV)/bin/
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test soak readme lint
+.PHONY: help reproduce test test-all rooms lab soak readme lint
+QUIET   := GET_NB_PROGRESS=off OMP_NUM_THREADS=1
 export JUPYTER_PLATFORM_DIRS := 1
 
 help:            ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PROFILE=$(PROFILE)     profile of make reproduce: a name in nbs/paper/profiles"
 
 $(READY): constraints.txt settings.ini setup.py pyproject.toml
@@ -22,15 +23,22 @@ $(READY): constraints.txt settings.ini setup.py pyproject.toml
 reproduce: $(READY)  ## train, generate, distil, evaluate and draw everything of a profile (PROFILE=cpu); what holds is kept
 	@$(RUN)get-nb reproduce --profile $(PROFILE)
 
-test: $(READY)   ## the notebooks of nbs/ and the tests of tests/
-	@echo "The rooms, each run from top to bottom:"
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" GET_NB_PROGRESS=off OMP_NUM_THREADS=1 $(RUN)nbdev_test --path nbs --skip_folder_re '^(paper|[_.])' --n_workers 2 --do_print
-	@GET_NB_PROGRESS=off OMP_NUM_THREADS=1 $(RUN)pytest
+test: $(READY)   ## the rooms, each in a fresh kernel, and the tests of tests/
+	@$(QUIET) $(RUN)pytest
+
+test-all: $(READY) ## the same, and what is slower: tests marked slow, the campaigns of tests/soak
+	@$(QUIET) $(RUN)pytest -o addopts=-q tests
+
+rooms: $(READY)  ## run every room and save its outputs (ROOMS="nbs/12_sampler.ipynb ..." for some)
+	@$(QUIET) $(RUN)python tests/rooms.py $(ROOMS)
+
+lab: $(READY)    ## open the rooms in JupyterLab
+	@$(RUN)jupyter lab nbs
 
 soak: $(READY)   ## the long campaigns of tests/soak
-	@GET_NB_PROGRESS=off OMP_NUM_THREADS=1 $(RUN)pytest tests/soak -o addopts=-q -s
+	@$(QUIET) $(RUN)pytest tests/soak -o addopts=-q -s
 
-readme: $(READY) ## write the results into README.md
+readme: $(READY) ## write the published results into README.md and results/README.md
 	@$(RUN)python -c "from get_nb.lab.report import write_readme; write_readme()"
 
 lint: $(READY)   ## ruff, clean notebooks, package in step with them

@@ -17,8 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from .lab.core import ConfigError, config, nearest, torch_rng
-from .lab.core import FileError
+from .lab.core import ConfigError, FileError, config, nearest, torch_rng
 
 # %% ../nbs/44_discriminator.ipynb #49715768
 class ClassifierPyramid(nn.Module):

@@ -18,8 +18,8 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .lab.core import ConfigError, build_config, config, nearest
 from .gradients import equilibrium, gate, normalize_state, unroll, unroll_constant
+from .lab.core import ConfigError, build_config, config, nearest
 from get_nb.layers import (
     AdaptiveBlock,
     Block,

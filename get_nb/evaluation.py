@@ -22,28 +22,19 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .lab.counting import flops
-from .lab.released import load_edm_pickle, load_reference_get
-from get_nb.lab.core import (
-    EVAL_SEED,
-    Column,
-    ConfigError,
-    Ints,
-    autocast,
-    config,
-    image_grid,
-    progress,
-    setup,
-    table_markdown,
-    to_uint8,
-)
-from .lab.data import ImageSet, load_data
 from .distillation import DistillConfig, distill_loss
-from .lab.fast import Fast
-from .lab.checkpoints import load_checkpoint
-from .lab.files import atomic_path
-from .lab.metrics import FeatureNetwork, compare, copy_share, load_features, load_statistics
 from .equilibrium_get import GET, ViT
+from .lab.checkpoints import load_checkpoint
+from .lab.core import EVAL_SEED, ConfigError, Ints, autocast, config, progress, setup
+from .lab.counting import flops
+from .lab.data import load_data
+from .lab.fast import Fast
+from .lab.figures import image_grid
+from .lab.files import atomic_path
+from .lab.images import ImageSet, to_uint8
+from .lab.metrics import FeatureNetwork, compare, copy_share, load_features, load_statistics
+from .lab.records import Column, table_markdown
+from .lab.released import load_edm_pickle, load_reference_get
 from .pairs import draw_noise
 from .precond import EDMPrecond
 from .sampler import SAMPLERS, num_evaluations

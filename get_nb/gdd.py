@@ -22,11 +22,11 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 
-from .lab.core import ConfigError, Fraction, config, progress, seed_everything, torch_rng
 from .discriminator import R1_GAMMA, discriminator_loss, generator_loss, r1_penalty
+from .kd import stalled
+from .lab.core import ConfigError, Fraction, config, progress, seed_everything, torch_rng
 from .lab.counting import flops
 from .lab.files import load_tensors, optimizer_tensors, part_of, restore_optimizer, save_tensors
-from .kd import stalled
 from get_nb.lab.train import (
     TrainingError,
     checkpoints,

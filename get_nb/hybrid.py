@@ -8,11 +8,11 @@ __all__ = ['pairs_term', 'real_batches', 'refine']
 # %% ../nbs/46_hybrid.ipynb #fe6660b9
 from dataclasses import asdict
 
-from .lab.data import ImageSet
 from .distillation import DistillConfig, distill_loss
 from .gdd import GanConfig, train_gan
-from .pairs import PairDataset
+from .lab.images import ImageSet
 from .lab.train import batch_indices
+from .pairs import PairDataset
 
 # %% ../nbs/46_hybrid.ipynb #0d0c38e6
 def pairs_term(pairs: PairDataset, cfg: DistillConfig, weight: float, batch_size: int, seed: int):

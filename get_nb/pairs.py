@@ -27,8 +27,7 @@ from filelock import FileLock, Timeout
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError, safe_open
 
-from .lab.core import Precision, autocast, build_config, config, progress, rng
-from .lab.core import FileError, UnreadableFileError
+from .lab.core import FileError, Precision, UnreadableFileError, autocast, build_config, config, progress, rng
 from .lab.files import atomic_path, load_tensors, save_tensors, sha256_file, write_json
 from .sampler import SAMPLERS, num_evaluations
 

@@ -16,9 +16,9 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 
 from .lab.core import ConfigError, config, torch_rng
-from .lab.data import ImageSet
-from .sampler import edm_sigmas
+from .lab.images import ImageSet
 from .lab.train import TrainConfig, batch_indices, train
+from .sampler import edm_sigmas
 
 # %% ../nbs/41_progressive.ipynb #20e66156
 def ddim_step(x, D_x, sigma, sigma_next):

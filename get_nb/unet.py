@@ -19,8 +19,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from torch.nn import functional as F
 
-from .lab.core import ConfigError, Fraction, Ints, build_config, config, nearest
-from .lab.core import FileError
+from .lab.core import ConfigError, FileError, Fraction, Ints, build_config, config, nearest
 from .precond import EDMPrecond
 
 # %% ../nbs/11_unet.ipynb #ceb70ba5

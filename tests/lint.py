@@ -4,6 +4,7 @@ Spine (nbs/NN_*.ipynb): functions of at most 25 lines, at most 150 exported line
 Docstrings, comments and blank lines are not counted. No line of code over 120 characters.
 Every public function, class and method says in its docstring what each argument is, what is returned and what is raised.
 """
+
 import ast
 import json
 import re
@@ -108,7 +109,9 @@ def raises(node):
 
 
 def returns(node):
-    inner = {id(x) for n in ast.walk(node) if isinstance(n, FUNCTIONS | ast.Lambda) and n is not node for x in ast.walk(n)}
+    inner = {
+        id(x) for n in ast.walk(node) if isinstance(n, FUNCTIONS | ast.Lambda) and n is not node for x in ast.walk(n)
+    }
     return any(isinstance(n, ast.Return) and n.value is not None and id(n) not in inner for n in ast.walk(node))
 
 
@@ -165,6 +168,72 @@ def class_docstrings(node):
         yield from undocumented(f"{node.name}.{n.name}", n, doc if n.name == "__init__" else ast.get_docstring(n))
 
 
+def imports(path):
+    "Modules of get_nb that a notebook's exported cells import, at the top or inside a function: (module, names)."
+    for text in exported(path):
+        for n in ast.walk(ast.parse(text)):
+            if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "get_nb":
+                yield n.module.removeprefix("get_nb").lstrip("."), [a.name for a in n.names]
+            if isinstance(n, ast.Import):
+                yield from ((a.name.removeprefix("get_nb."), []) for a in n.names if a.name.startswith("get_nb."))
+
+
+def house(paths):
+    "The import graph of the exported cells: module -> set of modules."
+    modules = {module_of(p): p for p in paths}
+    graph = {m: set() for m in modules if m}
+    for m in graph:
+        for base, names in imports(modules[m]):
+            inside = [f"{base}.{n}".lstrip(".") for n in names]  # `from get_nb.lab import stages`
+            graph[m] |= {x for x in [base, *inside] if x in graph}
+    return graph
+
+
+def place(path):
+    "Where a room stands: (part of the house, number); spine, ground (lab rooms below 20) and lab."
+    number = re.match(r"\d\d[a-z]?", path.stem)[0]
+    return ("ground" if number < "20" else "lab", number) if path.parent.name == "lab" else ("spine", number)
+
+
+def wrong_edges(paths):
+    "Imports that run back: a spine room imports lower spine rooms and the ground, the ground itself, the lab all."
+    where = {module_of(p): place(p) for p in paths}
+    for m, used in house(paths).items():
+        for u in used:
+            (part, number), (upart, unumber) = where[m], where[u]
+            lower = unumber < number
+            good = dict(
+                ground=upart == "ground" and lower,
+                spine=upart == "ground" or (upart == "spine" and lower),
+                lab=upart in ("spine", "ground") or lower,
+            )[part]
+            if not good:
+                yield f"{m} imports {u}"
+
+
+def imports_by_string(path):
+    "Imports that no reader and no tool can follow."
+    for text in exported(path):
+        for n in ast.walk(ast.parse(text)):
+            if isinstance(n, ast.Call) and ast.unparse(n.func).split(".")[-1] in ("import_module", "__import__"):
+                yield f"{path.name}: {ast.unparse(n)}"
+
+
+def is_stored(node):
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def public_names(path):
+    "Names that a notebook exports to others."
+    for text in exported(path):
+        for n in ast.parse(text).body:
+            if isinstance(n, ast.ClassDef | FUNCTIONS):
+                yield n.name
+            if isinstance(n, ast.Assign | ast.AnnAssign):
+                targets = n.targets if isinstance(n, ast.Assign) else [n.target]
+                yield from (x.id for t in targets for x in ast.walk(t) if is_stored(x))
+
+
 RULES = (sizes, long_lines, side_effects, docstrings)
 
 
@@ -173,6 +242,8 @@ def problems(path):
 
 
 if __name__ == "__main__":
-    found = [m for p in (map(Path, sys.argv[1:]) if sys.argv[1:] else [*SPINE, *LAB, *PAPER]) for m in problems(p.resolve())]
+    found = [
+        m for p in (map(Path, sys.argv[1:]) if sys.argv[1:] else [*SPINE, *LAB, *PAPER]) for m in problems(p.resolve())
+    ]
     print("\n".join(found) or "nothing to say")
     sys.exit(bool(found))

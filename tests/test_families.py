@@ -18,7 +18,7 @@ from get_nb.lab.files import load_tensors, save_checkpoint
 from get_nb.gdd import GanConfig, freeze_innate, gan_cost, train_gan
 from get_nb.hybrid import refine
 from get_nb.kd import OneStep, copy_denoiser, create_one_step
-from get_nb.lab.metrics import create_classifier
+from get_nb.lab.classifier import create_classifier
 from get_nb.lab.checkpoints import create_model
 from get_nb.pairs import PairDataset, PairsConfig, generate_pairs
 from get_nb.progressive import ProgressiveConfig, distill_progressively

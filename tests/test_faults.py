@@ -112,7 +112,8 @@ def test_a_nan_loss_stops_the_stage_and_names_step_and_checkpoint(smoke, tmp_pat
 
 
 def test_a_missing_record_is_named(tmp_path):
-    from get_nb.lab.core import ConfigError, read_record
+    from get_nb.lab.core import ConfigError
+    from get_nb.lab.records import read_record
 
     (tmp_path / "evaluate_get").mkdir()
     (tmp_path / "evaluate_get/record.json").write_text(json.dumps(dict(stage="evaluate_get")))

@@ -15,7 +15,8 @@ from conftest import ROOT
 from PIL import Image
 from torch import nn
 
-from get_nb.lab.core import ConfigError, to_uint8, torch_rng
+from get_nb.lab.core import ConfigError, torch_rng
+from get_nb.lab.images import to_uint8
 from get_nb.lab.core import FileError
 from get_nb.lab.files import sha256_file
 from get_nb.losses import (
@@ -340,7 +341,7 @@ def test_perceptual_losses_say_what_they_need(no_network, monkeypatch):
 def test_two_processes_measure_what_one_does(tmp_path):
     from get_nb.lab.core import seed_everything
     from get_nb.lab.files import save_checkpoint
-    from get_nb.lab.metrics import create_classifier
+    from get_nb.lab.classifier import create_classifier
     from get_nb.lab.checkpoints import create_model
 
     seed_everything(0)

@@ -1,12 +1,14 @@
 """The repository keeps its own rules: package in step with its notebooks, notebooks clean, one source for each fact."""
 
-import ast
+import inspect
 import json
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import nbformat
@@ -15,19 +17,29 @@ import yaml
 from nbclient import NotebookClient
 
 from conftest import ROOT
+from lint import (
+    LAB,
+    PAPER,
+    SPINE,
+    cells,
+    house,
+    imports_by_string,
+    module_of,
+    problems,
+    public_names,
+    source,
+    wrong_edges,
+)
 
-ROOMS = sorted((ROOT / "nbs").glob("*.ipynb"))
-PAPER = sorted((ROOT / "nbs/paper").glob("*.ipynb"))
+ROOMS = [*SPINE, *LAB]
+CONTRACT = set(
+    """create_model fixed_point_iter anderson broyden solve equilibrium unroll unroll_constant create_teacher heun_sample
+    euler_sample edm_sigmas load_data PairDataset generate_pairs save_pairs import_reference_pairs train TrainConfig distill
+    DistillConfig evaluate EvalConfig compare load_features load_reference_get load_edm_pickle save_checkpoint
+    load_checkpoint ConfigError FileError UnsafeFileError""".split()
+)
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
-
-
-def cells(path, kind="code"):
-    return [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == kind]
-
-
-def source(cell):
-    return "".join(cell["source"])
 
 
 def test_the_package_is_what_the_notebooks_export(tmp_path):
@@ -35,9 +47,11 @@ def test_the_package_is_what_the_notebooks_export(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "settings.ini", tmp_path)
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True)
-    for path in sorted((tmp_path / "get_nb").glob("*.py")):
-        assert path.read_text() == (ROOT / "get_nb" / path.name).read_text(), f"{path.name}: run nbdev_export"
-    assert {p.name for p in (ROOT / "get_nb").glob("*.py")} == {p.name for p in (tmp_path / "get_nb").glob("*.py")}
+    here, there = (sorted(p.relative_to(r / "get_nb") for p in (r / "get_nb").rglob("*.py")) for r in (ROOT, tmp_path))
+    assert here == there
+    for path in here:
+        same = (tmp_path / "get_nb" / path).read_text() == (ROOT / "get_nb" / path).read_text()
+        assert same, f"{path}: run nbdev_export"
     assert not (tmp_path / "pyproject.toml").exists()
 
 
@@ -69,29 +83,68 @@ def test_a_paper_notebook_has_one_parameters_cell_and_no_outputs(path):
     assert not any(c["outputs"] for c in cells(path))
 
 
+@pytest.mark.parametrize("path", [*ROOMS, *PAPER], ids=lambda p: p.stem)
+def test_a_notebook_keeps_the_house_rules(path):
+    assert not problems(path)
+
+
+def test_imports_of_exported_cells_run_one_way():
+    assert not list(wrong_edges(ROOMS))
+
+
+def test_the_import_graph_has_no_circle():
+    graph = house(ROOMS)
+    assert len(graph) == len([p for p in ROOMS if module_of(p)]) and graph["distillation"]
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
 @pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
-def test_a_room_exports_short_cells_that_import_lower_rooms_only(path):
-    exported = [source(c) for c in cells(path) if re.match(r"#\|\s*export", source(c))]
-    assert all(len(s.splitlines()) <= 40 for s in exported)
-    assert sum(len(s.splitlines()) for s in exported) <= 350
-    numbers = {re.search(r"default_exp (\S+)", "".join(source(c) for c in cells(p)))[1]: int(p.stem[:2]) for p in ROOMS}
-    for node in ast.walk(ast.parse("\n".join(exported))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("get_nb"):
-            assert all(a.name != "*" for a in node.names)
-            used = [node.module.split(".")[1]] if "." in node.module else [a.name for a in node.names]
-
-            assert all(numbers[u] < int(path.stem[:2]) for u in used if u in numbers), used
+def test_nothing_is_imported_by_a_string(path):
+    assert not list(imports_by_string(path))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "get_nb").glob("[a-z]*.py")), ids=lambda p: p.stem)
-def test_every_public_function_and_class_has_a_docstring(path):
-    tree = ast.parse(path.read_text())
-    missing = [
-        n.name
-        for n in tree.body
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_") and not ast.get_docstring(n)
-    ]
-    assert not missing, missing
+def test_an_edge_that_runs_back_a_circle_and_an_import_by_string_are_noticed(tmp_path):
+    (tmp_path / "lab").mkdir()
+    rooms = {
+        "10_a.ipynb": ("a", "from get_nb.b import x"),  # spine imports a higher room
+        "20_b.ipynb": ("b", "from get_nb.lab.c import y\nfrom get_nb.a import z"),  # spine imports the lab
+        "lab/30_c.ipynb": ("lab.c", "import importlib\nimportlib.import_module('get_nb.a')"),
+        "lab/05_d.ipynb": ("lab.d", "def f():\n    from get_nb.a import x"),  # the ground imports the spine
+    }
+    for name, (module, code) in rooms.items():
+        nb = nbformat.v4.new_notebook()
+        nb.cells = [nbformat.v4.new_code_cell(t) for t in (f"#| default_exp {module}", f"#| export\n{code}")]
+        nbformat.write(nb, tmp_path / name)
+    paths = [tmp_path / name for name in rooms]
+    assert set(wrong_edges(paths)) == {"a imports b", "b imports lab.c", "lab.d imports a"}
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(house(paths)).static_order())
+    assert list(imports_by_string(paths[2])) and not list(imports_by_string(paths[0]))
+
+
+def test_a_public_name_means_one_thing():
+    where = {}
+    for path in ROOMS:
+        for name in set(public_names(path)):
+            if not name.startswith("_"):
+                where.setdefault(name, []).append(module_of(path))
+    assert not {k: v for k, v in where.items() if len(v) > 1}
+
+
+def test_get_nb_gives_the_contract_and_imports_nothing_slow():
+    code = "import sys, get_nb; print(*sorted(get_nb.__all__)); assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert CONTRACT <= set(done.stdout.split())
+
+
+def test_every_name_of_get_nb_is_there_and_explains_itself():
+    import get_nb
+
+    for name in get_nb.__all__:
+        assert inspect.getdoc(getattr(get_nb, name)), name
+    for module in (m.name for m in pkgutil.iter_modules(get_nb.__path__)):
+        assert module not in get_nb.__all__, f"the module {module} would hide the name"
 
 
 def test_environment_yml_and_setup_say_what_settings_ini_says():

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from conftest import ROOT, get_nb
-from get_nb.lab.data import DRAWS, SHAPES, draw_numbers, make_shapes, render_shapes, shape_distance
+from get_nb.lab.shapes import DRAWS, SHAPES, draw_numbers, make_shapes, render_shapes, shape_distance
 from get_nb.lab.stages import load_profile, why_run
 
 

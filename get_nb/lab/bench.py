@@ -21,21 +21,20 @@ import numpy as np
 import torch
 from pydantic import PositiveInt
 
-from .core import Column, ConfigError, autocast, cell, config, save_record, save_table, seed_everything, setup
-from ..gradients import unroll
-from .counting import LiveMemory
 from ..distillation import DistillConfig, distill_loss
+from ..equilibrium_get import GET, MODELS, with_options
 from ..evaluation import training_cost
-from .counting import flops
+from ..gradients import unroll
+from .checkpoints import create_model, create_teacher
+from .core import ConfigError, autocast, config, seed_everything, setup
+from .counting import LiveMemory, flops
 from .fast import Compiled, Fast, has_one_dnn, one_dnn
 from .files import save_tensors, sha256_file, write_json
-from ..equilibrium_get import GET, MODELS, with_options
-from .checkpoints import create_model
+from .records import Column, cell, save_record, save_table
+from .train import ema_update
 from ..pairs import PairDataset, PairsConfig, draw_noise, recipe_of
 from ..sampler import heun_sample
 from ..solvers import SOLVERS
-from .train import ema_update
-from .checkpoints import create_teacher
 
 # %% ../../nbs/lab/35_bench.ipynb #76cb6f95
 def timed(f, device) -> float:

@@ -7,7 +7,7 @@ __all__ = ['Commands', 'cli', 'main', 'options', 'reproduce', 'list_stages', 'sh
            'evaluate', 'import_', 'installed', 'package_lines', 'machine_lines', 'file_lines', 'weights_lines',
            'doctor', 'pairs', 'info', 'verify', 'merge', 'bench', 'price']
 
-# %% ../../nbs/lab/36_cli.ipynb #1f59135b
+# %% ../../nbs/lab/36_cli.ipynb #6deaac2e
 import importlib
 import importlib.util
 import json
@@ -20,10 +20,10 @@ from pathlib import Path
 
 import click
 
+import get_nb.lab.stages as chain
 from . import pipeline
 from . import stages as chain
-from .core import EVAL_SEED, ConfigError, find_root, nearest
-from .core import FileError
+from .core import EVAL_SEED, ConfigError, FileError, find_root, nearest
 from .files import write_json
 
 # %% ../../nbs/lab/36_cli.ipynb #fcfe2383
@@ -399,7 +399,7 @@ def file_lines(root: Path) -> list:
 # %% ../../nbs/lab/36_cli.ipynb #ad336304
 def weights_lines() -> list:
     "Feature networks whose files are looked for locally."
-    from get_nb.lab.files import WEIGHTS, find_weights
+    from get_nb.lab.weights import WEIGHTS, find_weights
 
     lines = []
     for name in WEIGHTS:

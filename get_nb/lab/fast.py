@@ -14,10 +14,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .core import ConfigError, Precision, autocast
-from ..gradients import normalize_state, unroll, unroll_constant
-from ..layers import unpatchify
 from ..equilibrium_get import GET, ViT
+from ..gradients import normalize_state, unroll, unroll_constant
+from .core import ConfigError, Precision, autocast
+from ..layers import unpatchify
 from ..solvers import fixed_point_iter
 
 # %% ../../nbs/lab/27_fast.ipynb #a54f368b

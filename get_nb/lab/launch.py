@@ -21,8 +21,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from .core import ConfigError, in_clone, is_main, nearest
-from .core import FileError
+from .core import ConfigError, FileError, in_clone, is_main, nearest
 from .train import TrainConfig, TrainingError, batch_indices, learning_rate, train  # noqa: F401  (used on this page)
 
 # %% ../../nbs/lab/30_launch.ipynb #effb8f20

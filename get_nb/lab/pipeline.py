@@ -24,9 +24,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.std import tqdm
 
-import get_nb.lab.core
 from .core import ConfigError
 from .files import atomic_path, sha256_file, write_json
+from .records import provenance
 from get_nb.lab.stages import (
     Stage,
     code_hashes,
@@ -173,7 +173,7 @@ def run_alone(stage: Stage, key: dict, root: Path, runs: Path, fresh: bool) -> d
         parameters |= dict(rows=stage.rows, records=str(runs))
     execute(stage, parameters, folder, root)
     record = folder / "record.json"
-    made_by = json.loads(record.read_text())["provenance"] if record.is_file() else get_nb.lab.core.provenance()
+    made_by = json.loads(record.read_text())["provenance"] if record.is_file() else provenance()
     stamp = dict(
         stage=stage.name,
         notebook=stage.notebook.stem,

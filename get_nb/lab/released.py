@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from .core import ConfigError, progress
-from .core import FileError
+from ..equilibrium_get import MODELS
+from .checkpoints import create_model, create_teacher
+from .core import ConfigError, FileError, progress
 from get_nb.lab.files import (
     check_fit,
     fit_weights,
@@ -26,10 +27,7 @@ from get_nb.lab.files import (
     sha256_file,
     write_json,
 )
-from ..equilibrium_get import MODELS
-from .checkpoints import create_model
 from .reader import MAGIC, Node, read_pickle, read_torch, resolve, short
-from .checkpoints import create_teacher
 from ..unet import load_diffusers
 
 # %% ../../nbs/lab/24_released.ipynb #aad900b8

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from .core import ConfigError, cell, find_root, nearest, table_markdown
+from .core import ConfigError, find_root, nearest
+from .records import cell, table_markdown
 
 # %% ../../nbs/lab/21_report.ipynb #6d650fe4
 def scaled(c: dict, factor: float) -> dict:

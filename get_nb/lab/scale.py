@@ -18,11 +18,10 @@ import torch
 from pydantic import Field
 
 import get_nb.lab.core
-from .core import build_config, config, table_markdown
-from .core import FileError
-from ..equilibrium_get import GETConfig, MODELS
-from .checkpoints import create_model
-from .checkpoints import create_teacher
+from ..equilibrium_get import MODELS, GETConfig
+from .checkpoints import create_model, create_teacher
+from .core import FileError, build_config, config
+from .records import table_markdown
 
 # %% ../../nbs/lab/33_scale.ipynb #e2625b8e
 def block_macs(tokens: int, dim: int, ratio: float) -> float:

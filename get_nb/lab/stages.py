@@ -25,8 +25,7 @@ from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationEr
 from pydantic_core import PydanticCustomError
 
 import get_nb.lab.core
-from .core import ConfigError, explain, nearest
-from .core import FileError
+from .core import ConfigError, FileError, explain, nearest
 from .files import sha256_file
 
 # %% ../../nbs/lab/31_stages.ipynb #76cda89e

@@ -32,8 +32,19 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from safetensors import SafetensorError
 
 import get_nb
-from .core import ConfigError, Fraction, Precision, autocast, config, is_main, progress, rng, seed_everything
-from .core import FileError, UnreadableFileError
+from get_nb.lab.core import (
+    ConfigError,
+    FileError,
+    Fraction,
+    Precision,
+    UnreadableFileError,
+    autocast,
+    config,
+    is_main,
+    progress,
+    rng,
+    seed_everything,
+)
 from .files import load_tensors, optimizer_tensors, part_of, restore_optimizer, save_tensors
 
 # %% ../../nbs/lab/12_train.ipynb #ab0a7eac

@@ -1,0 +1,48 @@
+"""Each room runs from top to bottom in a fresh kernel, and shows what is saved in it."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import nbformat
+import pytest
+from rooms import ROOMS, compare_picture, compare_text, differences, run
+
+
+@pytest.fixture(scope="session")
+def runs(request):
+    "Rooms that were asked for, run two at a time."
+    wanted = [i.callspec.params["path"] for i in request.session.items if "runs" in getattr(i, "fixturenames", ())]
+    with ThreadPoolExecutor(2) as pool:
+        yield {p: pool.submit(run, p) for p in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
+def test_a_room_runs_and_shows_what_is_saved(path, runs):
+    nb, _ = runs[path].result()
+    assert not differences(path, nb), "run `make rooms`, look at what changed, and commit it"
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
+def test_a_room_has_its_outputs(path):
+    code = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    assert any(c.outputs for c in code) and not any(o.output_type == "error" for c in code for o in c.outputs)
+
+
+def test_a_changed_number_word_or_picture_is_noticed():
+    assert not compare_text("loss 1.00 after 12 steps", "loss 1.03 after 12 steps", 0.05)
+    assert compare_text("loss 1.00", "loss 1.20", 0.05) and not compare_text("loss 1.00", "loss 1.20", 0.5)
+    assert compare_text("FID 3", "FD 3", 0.05) and compare_text("1 2", "1 2 3", 0.05)
+    assert compare_text("error -0.5", "error 0.5", 0.05)
+    white, black, small = (png(size, value) for size, value in ((64, 255), (64, 0), (32, 255)))
+    assert not compare_picture(white, white) and compare_picture(white, black) and compare_picture(white, small)
+
+
+def png(size, value):
+    import base64
+    import io
+
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("L", (size, size), value).save(out, "png")
+    return base64.b64encode(out.getvalue()).decode()
