@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from .core import ConfigError, FileError, require
-from .files import read_weights, sha256_file
+from .files import sha256_file
+from .weights import read_weights
 from ..losses import PERCEPTUAL, VGG_CHANNELS, VGG_LAYERS, get_loss, make_dists, make_lpips
 
 # %% ../../nbs/lab/28_perceptual.ipynb #6bdbc618
