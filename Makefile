@@ -39,7 +39,7 @@ soak: $(READY)   ## the long campaigns of tests/soak
 	@$(QUIET) $(RUN)pytest tests/soak -o addopts=-q -s
 
 readme: $(READY) ## write the published results into README.md and results/README.md
-	@$(RUN)python -c "from get_nb.lab.report import write_readme; write_readme()"
+	@$(RUN)python -c "from get_nb.lab.readme import write_texts; write_texts()"
 
 lint: $(READY)   ## ruff, clean notebooks, package in step with them
 	@$(RUN)pre-commit run --all-files

@@ -9,9 +9,9 @@ __all__ = ['pairs_term', 'real_batches', 'refine']
 from dataclasses import asdict
 
 from .distillation import DistillConfig, distill_loss
-from .gdd import GanConfig, train_gan
+from .gdd import GDD, GanConfig, train_gan
 from .lab.images import ImageSet
-from .lab.train import batch_indices
+from .lab.schedule import TrainConfig, batch_indices
 from .pairs import PairDataset
 
 # %% ../nbs/46_hybrid.ipynb #0d0c38e6
@@ -58,7 +58,8 @@ def refine(
     discriminator,
     pairs: PairDataset,
     data: ImageSet,
-    cfg: GanConfig,
+    cfg: TrainConfig,
+    gan: GanConfig,
     distill_cfg: DistillConfig,
     pair_weight: float,
     **kw,
@@ -68,6 +69,9 @@ def refine(
     Args:
         student: one-step student, distilled; trained in place
         data: real images
+        cfg: of train_gan
+        gan: what is adversarial
+        distill_cfg: of the pairs' loss
         pair_weight: lambda; 0: adversarial alone
         **kw: monitor, state_dir, identity, desc: to train_gan
 
@@ -75,7 +79,6 @@ def refine(
         ema student, history
     """
     c = student.config
-    shape = (c["channels"], c["image_size"], c["image_size"])
     term = pairs_term(pairs, distill_cfg, pair_weight, cfg.batch_size, cfg.seed) if pair_weight else None
     real = real_batches(data, cfg.batch_size, cfg.seed, bool(c["num_classes"]))
     identity = dict(
@@ -86,4 +89,4 @@ def refine(
         data=data.name,
         pairs=[s["sha256"] for s in pairs.manifest["shards"]],
     )
-    return train_gan(student, discriminator, real, shape, c["num_classes"], cfg, term, identity=identity, **kw)
+    return train_gan(student, discriminator, real, c["num_classes"], cfg, gan, term, identity=identity, **kw)

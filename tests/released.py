@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from get_nb.unet import TEACHERS, UNetConfig
+from get_nb.teachers import TEACHERS
+from get_nb.unet import UNetConfig
 
 
 def write_get(path, model, zipped=True):

@@ -1,5 +1,7 @@
 """The chain: complete, repeatable, resumable after kill -9, publishable, redrawable."""
 
+import ast
+import hashlib
 import json
 import os
 import shutil
@@ -8,12 +10,14 @@ import statistics
 import subprocess
 import time
 
+import nbformat
 import numpy as np
 import pytest
 
 from conftest import COMMAND, ROOT, get_nb
-from get_nb.lab.pipeline import compare_table
-from get_nb.lab.stages import load_profile, stage_outputs
+from get_nb.lab.publishing import compare_table
+from get_nb.lab.profiles import demo_clone, load_profile
+from get_nb.lab.stages import code_hashes, imported_modules, stage_outputs
 
 STAGES = load_profile(ROOT, "smoke")
 
@@ -88,7 +92,7 @@ def test_a_second_run_runs_nothing(smoke):
     runs, _ = smoke
     began = time.time()
     done = get_nb("reproduce", "--profile", "smoke", "--runs", runs)
-    assert done.returncode == 0 and done.stdout.count(": holds") == len(STAGES) and "running" not in done.stdout
+    assert done.returncode == 0 and done.stdout.count(": up to date") == len(STAGES) and "running" not in done.stdout
     print(f"checked {len(STAGES)} stages in {time.time() - began:.1f} s")
 
 
@@ -98,7 +102,7 @@ def test_a_missing_output_runs_its_stage_again_and_nothing_that_does_not_change(
     done = get_nb("reproduce", "--profile", "smoke", "--runs", runs, "--stage", "evaluate_get")
     assert done.returncode == 0, done.stderr
     assert "get: running (output student.safetensors is gone or changed)" in done.stdout
-    assert "evaluate_get: holds" in done.stdout  # the student came out the same, bit for bit
+    assert "evaluate_get: up to date" in done.stdout  # the student came out the same, bit for bit
 
 
 def kill_when(args, ready):
@@ -181,41 +185,100 @@ def test_a_kernel_that_dies_is_one_line_and_the_run_goes_on_from_there(smoke, tm
     assert get_nb("reproduce", "--profile", "smoke", "--runs", runs, "--stage", "teacher").returncode == 0
 
 
-def test_what_is_published_can_be_drawn_again_without_the_runs(smoke, tmp_path):
-    clone = tmp_path / "clone"
-    for name in ("settings.ini", "nbs"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(
-            ROOT / name, clone / name if (ROOT / name).is_dir() else clone.mkdir() or clone / name
-        )
+@pytest.fixture(scope="module")
+def clone(smoke, tmp_path_factory):
+    "A clone that has published the smoke chain."
+    clone = tmp_path_factory.mktemp("clone")
+    shutil.copy(ROOT / "settings.ini", clone)
+    shutil.copytree(ROOT / "nbs", clone / "nbs")
     done = get_nb("publish", "--root", clone, "--profile", "smoke", "--runs", smoke[0])
     assert done.returncode == 0, done.stderr
-    results = clone / "results/smoke"
-    manifest = json.loads((results / "manifest.json").read_text())
-    published = {p.relative_to(results).as_posix() for p in results.rglob("*") if p.is_file()} - {"manifest.json"}
-    assert published == {f for s in manifest["stages"].values() for f in s["files"]} and not any(
-        f.endswith(".safetensors") for f in published
-    )
-    notebook = clone / "nbs/paper/student.ipynb"
-    notebook.write_text(
-        notebook.read_text().replace('\\"student\\")', '\\"pupil\\")', 1)
-    )  # the code that made two records changes
-    done = get_nb("reproduce", "--root", clone, "--profile", "smoke", "--redraw", "--runs", tmp_path)
+    return clone
+
+
+@pytest.fixture(scope="module")
+def redrawn(clone, tmp_path_factory):
+    "Folder of runs with everything drawn again, after the code that made two records changed; and what was printed."
+    runs, notebook = tmp_path_factory.mktemp("redrawn"), clone / "nbs/paper/student.ipynb"
+    notebook.write_text(notebook.read_text().replace('\\"student\\")', '\\"pupil\\")', 1))
+    done = get_nb("reproduce", "--root", clone, "--profile", "smoke", "--redraw", "--runs", runs)
     assert done.returncode == 0, done.stderr
-    assert (
-        "record of get: made by older code (notebook changed since)" in done.stdout
-        and "record of teacher" not in done.stdout
-    )
-    assert done.stdout.count("identical (timing apart)") == len(tables(smoke[0]))
-    assert (tmp_path / "smoke-redrawn/figure_same_noise/figure_same_noise.png").read_bytes() == (
-        results / "figures/figure_same_noise.png"
-    ).read_bytes()
+    return runs, done.stdout
 
 
-def test_publishing_refuses_what_does_not_hold(smoke, tmp_path):
+def published_files(clone):
+    "Every published file but the manifest -> its bytes."
+    results = clone / "results/smoke"
+    files = {p.relative_to(results).as_posix(): p.read_bytes() for p in results.rglob("*") if p.is_file()}
+    del files["manifest.json"]
+    return files
+
+
+def manifest(clone):
+    return json.loads((clone / "results/smoke/manifest.json").read_text())["stages"]
+
+
+def test_the_manifest_lists_what_is_published_and_no_weights_are(clone):
+    files = published_files(clone)
+    listed = {f: h for s in manifest(clone).values() for f, h in s["files"].items()}
+    assert listed == {f: hashlib.sha256(content).hexdigest() for f, content in files.items()}
+    assert not any(f.endswith(".safetensors") for f in files)
+
+
+def test_the_executed_page_of_all_that_draws_is_published_and_names_no_place_or_time(clone, smoke):
+    for name, stage in STAGES.items():
+        path = clone / f"results/smoke/pages/{name}.ipynb"
+        assert path.is_file() == stage.draws, name
+        if not stage.draws:
+            continue
+        page = nbformat.read(path, 4)
+        nbformat.validate(page)
+        code = [c for c in page.cells if c.cell_type == "code"]
+        assert any(o.output_type != "stream" for c in code for o in c.outputs), f"{name}: nothing to see"
+        assert all(c.execution_count is None for c in code) and page.metadata.keys() == {"kernelspec"}
+        text = path.read_text()
+        assert not any(word in text for word in (str(smoke[0]), str(ROOT), "/home/", "papermill", "duration"))
+        assert 'records = "results/smoke/records"' in "\n".join(c.source for c in code)
+        assert path.stat().st_size < 300_000
+
+
+def test_what_is_published_can_be_drawn_again_without_the_runs(clone, redrawn, smoke):
+    runs, printed = redrawn
+    assert "record of get: made by older code (notebook changed since)" in printed
+    assert "record of teacher" not in printed
+    assert printed.count("identical (timing apart)") == len(tables(smoke[0]))
+    figure = runs / "smoke-redrawn/figure_same_noise/figure_same_noise.png"
+    assert figure.read_bytes() == (clone / "results/smoke/figures/figure_same_noise.png").read_bytes()
+
+
+def test_what_is_redrawn_from_the_same_records_is_published_to_the_same_bytes(clone, redrawn):
+    before, stages = published_files(clone), manifest(clone)
+    for page in (clone / "results/smoke/pages").iterdir():
+        page.unlink()
+    done = get_nb("publish", "--root", clone, "--profile", "smoke", "--redrawn", "--runs", redrawn[0])
+    assert done.returncode == 0, done.stderr
+    assert published_files(clone) == before
+    after = manifest(clone)
+    assert after.keys() == stages.keys() and all(after[n]["key"] == m["key"] for n, m in stages.items())
+
+
+def test_what_has_changed_since_it_was_redrawn_is_not_published(clone, redrawn, tmp_path):
+    copy = shutil.copytree(clone, tmp_path / "clone")
+    record = copy / "results/smoke/records/evaluate_get/record.json"
+    record.write_text(record.read_text().replace("{", "{ ", 1))
+    before = published_files(copy)
+    done = get_nb("publish", "--root", copy, "--profile", "smoke", "--redrawn", "--runs", redrawn[0])
+    assert done.returncode == 2 and "is not redrawn (inputs changed: evaluate_get/record.json)" in done.stderr
+    assert published_files(copy) == before
+
+
+def test_publishing_refuses_what_is_not_up_to_date(smoke, tmp_path):
     runs = shutil.copytree(smoke[0], tmp_path / "runs")
     (runs / "smoke/get/record.json").unlink()
     done = get_nb("publish", "--profile", "smoke", "--runs", runs)
-    assert done.returncode == 2 and "stage get does not hold" in done.stderr and not (ROOT / "results/smoke").exists()
+    assert (
+        done.returncode == 2 and "stage get is not up to date" in done.stderr and not (ROOT / "results/smoke").exists()
+    )
 
 
 def test_sample_and_evaluate_work_on_the_chain_s_checkpoints(smoke, tmp_path):
@@ -234,3 +297,51 @@ def test_sample_and_evaluate_work_on_the_chain_s_checkpoints(smoke, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["train"]["fd"] > 0
+
+
+def test_ctrl_c_ends_at_once_and_leaves_no_kernel(tmp_path):
+    root = demo_clone(tmp_path)
+    notebook = root / "nbs/paper/square.ipynb"
+    notebook.write_text(notebook.read_text().replace("i * i", "__import__('time').sleep(600)", 1))
+    process = subprocess.Popen(
+        [*COMMAND, "reproduce", "--profile", "demo", "--root", str(root)],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
+    )
+    while "running" not in process.stdout.readline():
+        assert process.poll() is None
+    while not any(root.glob("runs/demo/square_3/kernel.log")):
+        time.sleep(0.01)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert not (root / "runs/demo/square_3/stamp.json").exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from get_nb import create_model",
+        "from get_nb import *",
+        "import get_nb\nget_nb.create_model('GET-B/2')",
+        "from get_nb.lab.checkpoints import create_model",
+        "from get_nb.lab import checkpoints",
+        "import get_nb.lab.checkpoints as c",
+    ],
+)
+def test_a_stage_depends_on_the_module_of_a_name_however_it_is_imported(code, tmp_path):
+    (tmp_path / "n.ipynb").write_text(json.dumps(dict(cells=[dict(cell_type="code", metadata={}, source=code)])))
+    used = code_hashes(tmp_path / "n.ipynb").keys()
+    assert {"notebook", "lab.checkpoints", "lab.core", "layers", "solvers"} <= used
+
+
+def test_every_name_of_the_package_leads_to_its_module():
+    names = ast.parse((ROOT / "get_nb/__init__.pyi").read_text())
+    for n in names.body:
+        if isinstance(n, ast.ImportFrom):
+            for a in n.names:
+                assert imported_modules(f"from get_nb import {a.name}") == {n.module}

@@ -15,7 +15,7 @@ from get_nb.gradients import equilibrium, gate, implicit, supervised, unroll, un
 from get_nb.distillation import DistillConfig, distill_loss
 from get_nb.jacobian import jacobian_penalty, spectral_radius
 from get_nb.losses import l1
-from get_nb.equilibrium_get import with_options
+from get_nb.presets import with_options
 from get_nb.lab.checkpoints import create_model
 from get_nb.solvers import solve
 

@@ -17,8 +17,10 @@ import torch
 import toy
 from get_nb.lab.core import ConfigError
 from get_nb.lab.core import FileError
-from get_nb.lab.files import save_tensors
-from get_nb.lab.train import OPERATION, Stopped, TrainConfig, TrainingError, checkpoints, shares
+from get_nb.lab.files import load_tensors, save_tensors
+from get_nb.lab.schedule import OPERATION, TrainConfig, shares
+from get_nb.lab.state import TrainingError, checkpoints
+from get_nb.lab.train import Stopped
 
 HERE = Path(__file__).parent
 ENV = dict(
@@ -203,6 +205,77 @@ def test_low_precision_trains_resumes_exactly_and_ends_near_float32(alone, tmp_p
     assert history["loss"][-1] == pytest.approx(alone[1]["loss"][-1], rel=0.05) and history["loss"] != alone[1]["loss"]
 
 
+@pytest.fixture(scope="module")
+def gan_alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gan")
+    _, history = toy.gan(folder)
+    return load_tensors(checkpoints(folder)[0])[0], history
+
+
+def same_run(folder, history, wanted):
+    "The same networks, averages, optimizers and curves, bit for bit?"
+    tensors = load_tensors(checkpoints(folder)[0])[0]
+    same = tensors.keys() == wanted[0].keys() and all(torch.equal(tensors[k], wanted[0][k]) for k in tensors)
+    return same and all(history[k] == wanted[1][k] for k in ("curves", "monitor"))
+
+
+def test_two_processes_train_a_gan_as_one_does_and_one_goes_on_where_two_were_stopped(gan_alone, tmp_path):
+    process = start(tmp_path, "pause=0.1", processes=2, what="gan")
+    while not checkpoints(tmp_path / "state"):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    stopped_at = int(checkpoints(tmp_path / "state")[0].stem[5:])
+    assert 4 <= stopped_at < 12
+    ema, history = toy.gan(tmp_path / "state")
+    tensors, wanted = load_tensors(checkpoints(tmp_path / "state")[0])[0], gan_alone[0]
+    assert history["resumed_at"] == [stopped_at]
+    for name, curve in gan_alone[1]["curves"].items():
+        assert history["curves"][name] == pytest.approx(curve, rel=1e-4, abs=1e-6), name
+    assert all((tensors[k] - wanted[k]).abs().max() < 1e-4 for k in wanted if k[0] in "gde")
+
+
+def test_a_gan_that_is_killed_twice_ends_with_the_bits_of_one_that_was_not(gan_alone, tmp_path):
+    rng, newest = random.Random(0), lambda: max([int(p.stem[5:]) for p in checkpoints(tmp_path)], default=0)
+    for _ in range(2):
+        before, process = newest(), fork(toy.gan, tmp_path, pause=0.02)
+        while process.is_alive() and newest() == before:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.join()
+    _, history = toy.gan(tmp_path)
+    assert history["resumed_at"] and same_run(tmp_path, history, gan_alone)
+
+
+def test_a_gan_leaves_a_checkpoint_at_sigterm_and_resumes_from_it_with_the_same_bits(gan_alone, tmp_path):
+    with pytest.raises(Stopped) as stop:
+        toy.gan(tmp_path, at={5: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    assert stop.value.code == 143 and int(checkpoints(tmp_path)[0].stem[5:]) in (6, 7)
+    _, history = toy.gan(tmp_path)
+    assert history["resumed_at"] and same_run(tmp_path, history, gan_alone)
+
+
+def test_a_gans_bad_loss_stops_it_or_is_skipped(tmp_path):
+    with pytest.raises(
+        TrainingError, match=r"extra nan.* at step 6; the last good checkpoint is .*, step 4\. Lower lr"
+    ):
+        toy.gan(tmp_path / "stop", poison=6)
+    a, history = toy.gan(tmp_path / "a", poison=6, on_bad="skip")
+    assert len(history["curves"]["generator"]) == 11 and all(p.isfinite().all() for p in a.parameters())
+    with pytest.raises(ZeroDivisionError):
+        toy.gan(tmp_path / "b", poison=6, on_bad="skip", at={9: lambda: 1 / 0})
+    b, history = toy.gan(tmp_path / "b", poison=6, on_bad="skip")
+    assert history["resumed_at"] == [8] and equal(a.parameters(), b.parameters())
+
+
+def test_a_gan_in_two_passes_per_step_takes_the_steps_of_one_pass(gan_alone):
+    _, history = toy.gan(None, accumulate=2, steps=3)
+    for name, curve in gan_alone[1]["curves"].items():
+        assert history["curves"][name] == pytest.approx(curve[:3], rel=0.02), name  # spectral norms see more passes
+
+
 def test_shares_cover_a_batch_once_in_order():
     for batch in (1, 7, 64):
         for world in (1, 2, 3):
@@ -218,7 +291,7 @@ def test_shares_cover_a_batch_once_in_order():
 def test_the_tensorboard_log_holds_each_point_of_the_curve_once_also_after_a_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from get_nb.lab.launch import Watcher
+    from get_nb.lab.monitor import Watcher
 
     def look(ema, step):
         return dict(weight=next(ema.parameters()).norm(), grid=torch.zeros(4, 6, dtype=torch.uint8).numpy())

@@ -1,7 +1,7 @@
 """The other one-step families: their costs are counted, their runs resume, their failures are said, their critics do not grade themselves."""
 
 import json
-import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,28 +9,30 @@ import torch
 from conftest import ROOT, get_nb
 from get_nb.lab.core import ConfigError, seed_everything
 from get_nb.lab.data import load_data
-from get_nb.discriminator import ClassifierPyramid, Discriminator, DiscriminatorConfig, Head, TimmPyramid
+from get_nb.discriminator import ClassifierPyramid, Discriminator, DiscriminatorConfig, Head
+from get_nb.lab.backbones import load_backbone
 from get_nb.distillation import DistillConfig
 from get_nb.evaluation import cost, family, training_cost
 from get_nb.lab.checkpoints import load_checkpoint
 from get_nb.lab.core import FileError
 from get_nb.lab.files import load_tensors, save_checkpoint
-from get_nb.gdd import GanConfig, freeze_innate, gan_cost, train_gan
+from get_nb.gdd import GDD, GanConfig, freeze_innate, train_gan
+from get_nb.lab.monitor import gan_cost
 from get_nb.hybrid import refine
 from get_nb.kd import OneStep, copy_denoiser, create_one_step
 from get_nb.lab.classifier import create_classifier
 from get_nb.lab.checkpoints import create_model
 from get_nb.pairs import PairDataset, PairsConfig, generate_pairs
 from get_nb.progressive import ProgressiveConfig, distill_progressively
-from get_nb.lab.stages import load_profile
-from get_nb.lab.train import TrainConfig, TrainingError, checkpoints
+from get_nb.lab.profiles import load_profile
+from get_nb.lab.schedule import TrainConfig
+from get_nb.lab.state import checkpoints
 from get_nb.lab.checkpoints import create_teacher
 
 SHAPE = dict(num_classes=10, image_size=8, channels=1)
 DIGITS = load_data("digits")
-CFG = GanConfig(
-    steps=6, batch_size=8, lr=1e-3, lr_critic=1e-3, checkpoint_every=2, log_every=2, monitor_every=2, r1_every=3
-)
+CFG = replace(GDD, steps=6, batch_size=8, lr=1e-3, checkpoint_every=2, log_every=2)
+GAN = GanConfig(lr_critic=1e-3, monitor_every=2, r1_every=3)
 
 
 def teacher():
@@ -87,7 +89,16 @@ def test_a_stopped_hybrid_ends_with_the_bits_of_one_that_was_not(pairs, tmp_path
         if real:
             monkeypatch.setattr("get_nb.hybrid.real_batches", lambda *a: real)
         return refine(
-            student, critic(), pairs, DIGITS, CFG, DistillConfig(n_iter=2), 3.0, state_dir=folder, monitor=lambda m: 1.0
+            student,
+            critic(),
+            pairs,
+            DIGITS,
+            CFG,
+            replace(GAN, n_iter=2),
+            DistillConfig(n_iter=2),
+            3.0,
+            state_dir=folder,
+            monitor=lambda m: 1.0,
         )
 
     _, once = run(tmp_path / "once", batch)
@@ -116,7 +127,7 @@ def test_a_stopped_halving_goes_on_in_its_round_and_ends_the_same(tmp_path, monk
     once, calls = run(tmp_path / "once"), []
     import get_nb.progressive as module
 
-    real = module.progressive_batch
+    real = module._examples
 
     def failing(*args):
         calls.append(args)
@@ -124,7 +135,7 @@ def test_a_stopped_halving_goes_on_in_its_round_and_ends_the_same(tmp_path, monk
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(module, "progressive_batch", failing)
+    monkeypatch.setattr(module, "_examples", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "twice")
     again = run(tmp_path / "twice")
@@ -154,38 +165,25 @@ def test_progressive_distillation_without_classes_never_shows_a_label():
 
 
 def test_a_gan_state_of_another_run_is_refused(tmp_path):
-    train_gan(generator(), critic(), batch, (1, 8, 8), 10, CFG, state_dir=tmp_path)
+    train_gan(generator(), critic(), batch, 10, CFG, GAN, state_dir=tmp_path)
     with pytest.raises(FileError, match="made with r1_gamma"):
-        train_gan(
-            generator(),
-            critic(),
-            batch,
-            (1, 8, 8),
-            10,
-            GanConfig(**{**CFG.__dict__, "r1_gamma": 1.0}),
-            state_dir=tmp_path,
-        )
+        train_gan(generator(), critic(), batch, 10, CFG, replace(GAN, r1_gamma=1.0), state_dir=tmp_path)
 
 
-def test_training_against_a_critic_is_refused_under_torchrun(monkeypatch, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process"):
-        train_gan(generator(), critic(), batch, (1, 8, 8), 10, CFG, state_dir=tmp_path / "state")
-    assert not (tmp_path / "state").exists()
+def test_adversarial_training_refuses_fp16():
+    with pytest.raises(ConfigError, match="needs bf16 or float32"):
+        train_gan(generator(), critic(), batch, 10, replace(CFG, precision="fp16"), GAN)
 
 
-def test_a_loss_that_is_no_number_stops_the_gan_and_names_step_and_checkpoint(tmp_path):
-    def extra(model, step):
-        return torch.tensor(math.nan if step == 3 else 0.0)
-
-    with pytest.raises(TrainingError, match=r"at step 3; the last good checkpoint is .*, step 2\. Lower lr"):
-        train_gan(generator(), critic(), batch, (1, 8, 8), 10, CFG, extra, state_dir=tmp_path)
+def test_the_curves_of_a_gan_end_with_the_steps_after_the_last_full_point():
+    _, history = train_gan(generator(), critic(), batch, 10, replace(CFG, log_every=4), GAN)
+    assert history["curves"]["step"] == [4, 6] and len(history["curves"]["critic"]) == 2
 
 
 def test_gdd_i_leaves_frozen_layers_as_they_were_and_gdd_moves_them():
     start = generator().state_dict()
     for innate in (True, False):
-        ema, _ = train_gan(generator(innate), critic(), batch, (1, 8, 8), 10, CFG)
+        ema, _ = train_gan(generator(innate), critic(), batch, 10, CFG, GAN)
         moved = {k for k, v in ema.state_dict().items() if not torch.equal(v, start[k])}
         convs = {k for k in start if k.split(".")[-2] in ("conv0", "conv1", "proj")}
         assert moved - convs and bool(moved & convs) != innate
@@ -198,7 +196,7 @@ def test_an_unconditional_generator_and_critic_train_without_labels():
         seen.append(model(torch.zeros(1, 1, 8, 8), None).shape)
         return 1.0
 
-    train_gan(generator(), critic(0), lambda step: (batch(step)[0], None), (1, 8, 8), 0, CFG, monitor=monitor)
+    train_gan(generator(), critic(0), lambda step: (batch(step)[0], None), 0, CFG, GAN, monitor=monitor)
     assert len(seen) == 3
 
 
@@ -236,18 +234,18 @@ def test_a_backbone_takes_local_weights_and_refuses_missing_and_damaged_ones(tmp
     name = "tf_efficientnet_lite0"
     full = timm.create_model(name)
     save_file(full.state_dict(), tmp_path / f"{name}.safetensors")
-    net = TimmPyramid(name, tmp_path, resolution=32).net
+    net = load_backbone(name, tmp_path, resolution=32).net
     assert torch.equal(next(net.parameters()), full.conv_stem.weight) and not any(
         p.requires_grad for p in net.parameters()
     )
     for bad in (b"", (tmp_path / f"{name}.safetensors").read_bytes()[:-1000]):
         (tmp_path / f"{name}.safetensors").write_bytes(bad)
         with pytest.raises(FileError, match=f"{name}.safetensors: cannot be loaded"):
-            TimmPyramid(name, tmp_path)
+            load_backbone(name, tmp_path)
     with pytest.raises(FileError, match="vgg16_bn.safetensors: no such file"):
-        TimmPyramid("vgg16_bn", tmp_path)
+        load_backbone("vgg16_bn", tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'vgg16_bn'"):
-        TimmPyramid("vgg16", tmp_path)
+        load_backbone("vgg16", tmp_path)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 7, 8, 14, 56])
@@ -260,12 +258,11 @@ def test_a_head_reads_a_map_of_any_size_into_one_logit_per_image(size, width):
 
 def test_costs_are_counted_a_frozen_layer_saves_some_and_a_pair_term_adds_its_own(pairs):
     x, y = DIGITS.batch(range(4))
-    cfg = GanConfig(steps=1, batch_size=4)
-    full, innate = (gan_cost(generator(i), critic(), x, y, cfg) for i in (False, True))
+    full, innate = (gan_cost(generator(i), critic(), x, y, GanConfig()) for i in (False, True))
     assert innate < full
     forward = 2 * cost(generator())["gmac"]
     assert 2.5 * forward < training_cost(generator(), DistillConfig(n_iter=1))["train_gflop"] < 3.1 * forward
-    extra = gan_cost(generator(), critic(), x, y, cfg, lambda m, step: m(x, y).square().mean())
+    extra = gan_cost(generator(), critic(), x, y, GanConfig(), lambda m, step, share: m(x, y).square().mean())
     assert 2.5 * forward < extra - full < 3.1 * forward
 
 

@@ -19,10 +19,11 @@ from get_nb.lab.evaluate import sample_to_file, sampling_formulation, training_f
 from get_nb.lab.images import to_uint8
 from get_nb.lab.fast import Compiled, Fast, Linear, attention
 from get_nb.lab.files import save_checkpoint
-from get_nb.equilibrium_get import with_options
+from get_nb.presets import with_options
 from get_nb.lab.checkpoints import create_model
 from get_nb.precond import EDMPrecond
-from get_nb.lab.train import TrainConfig, checkpoints
+from get_nb.lab.schedule import TrainConfig
+from get_nb.lab.state import checkpoints
 from get_nb.lab.checkpoints import create_teacher
 
 SMALL = dict(image_size=8, dim=64, depth=2, heads=4)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, get_nb
-from get_nb.lab.stages import load_profile
+from get_nb.lab.profiles import load_profile
 
 STAGES = load_profile(ROOT, "smoke")
 

@@ -23,16 +23,16 @@ import pytest
 import torch
 
 import released
-from get_nb.lab import reader
-from get_nb.lab.train import checkpoints
-from get_nb.lab.released import import_reference_pairs, load_edm_pickle, load_reference_get
+from get_nb.lab import pickles
+from get_nb.lab.imports import import_reference_pairs
+from get_nb.lab.released import load_edm_pickle, load_reference_get
 from get_nb.lab.checkpoints import load_checkpoint
 from get_nb.lab.core import FileError, UnsafeFileError
 from get_nb.lab.files import save_tensors
 from get_nb.lab.folders import cifar_batch
 from get_nb.lab.checkpoints import create_model
 from get_nb.pairs import PairDataset, merge_pairs, pairs_info, verify_pairs
-from get_nb.lab.reader import read_torch
+from get_nb.lab.archives import read_torch
 from get_nb.lab.checkpoints import create_teacher
 
 DATA = Path(__file__).parent / "data"
@@ -416,7 +416,7 @@ def test_a_storage_larger_than_any_file_is_refused(n, here):
 
 
 def test_a_pickle_of_too_many_instructions_is_refused(here, monkeypatch):
-    monkeypatch.setattr(reader, "MOST", 1000)
+    monkeypatch.setattr(pickles, "_MOST", 1000)
     (here / "long.pkl").write_bytes(op(b"]" * 1001))
     check(load_edm_pickle, here / "long.pkl", here / CANARY, UnsafeFileError)
 
@@ -486,7 +486,7 @@ def test_a_module_inside_of_many_is_refused_before_they_are_counted(here, monkey
         return tree
 
     monkeypatch.setattr(released, "nested", many)
-    monkeypatch.setattr(checkpoints, "MOST_MODULES", 500)
+    monkeypatch.setattr("get_nb.lab.released._MOST_MODULES", 500)
     released.write_edm(here / "edm.pkl", small_teacher())
     check(load_edm_pickle, here / "edm.pkl", here / CANARY)
 
@@ -528,7 +528,7 @@ def test_a_checkpoint_of_ours_that_says_nonsense_is_one_line(info, here):
 
 
 def test_source_text_in_a_pickle_is_data(here):
-    from get_nb.lab.reader import read_pickle
+    from get_nb.lab.pickles import read_pickle
 
     source = read_pickle(EDM, "edm")["ema"].args[0]["module_src"].encode()
     program = b"open('C','w')"

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 import released
-from get_nb.lab.train import checkpoints
-from get_nb.lab.released import find_preset, import_file, import_reference_pairs, load_edm_pickle, load_reference_get
+from get_nb.lab import imports
+from get_nb.lab.imports import import_file, import_reference_pairs
+from get_nb.lab.released import find_preset, load_edm_pickle, load_reference_get
 from get_nb.lab.cli import main
 from get_nb.lab.core import ConfigError, seed_everything
 from get_nb.lab.data import load_data
@@ -23,7 +24,7 @@ from get_nb.lab.checkpoints import create_model
 from get_nb.pairs import PairDataset, merge_pairs
 from get_nb.sampler import edm_sigmas, heun_sample
 from get_nb.lab.checkpoints import create_teacher
-from get_nb.unet import load_diffusers
+from get_nb.lab.diffusers import load_diffusers
 from test_parity import STATE, shapes_in
 
 
@@ -60,7 +61,7 @@ def test_twenty_thousand_released_pairs_round_trip_exactly(classes, dtype, zippe
 
 MEASURE = """
 import sys
-from get_nb.lab.released import import_reference_pairs
+from get_nb.lab.imports import import_reference_pairs
 def high(): return int(next(x.split()[1] for x in open("/proc/self/status") if x.startswith("VmHWM"))) / 1024
 before = high(); import_reference_pairs(sys.argv[1], sys.argv[2], shard_size=100); print(before, high())
 """
@@ -79,9 +80,9 @@ def test_memory_holds_a_shard_not_a_file(tmp_path):
 def test_an_interrupted_import_goes_on_with_the_next_shard(tmp_path, monkeypatch):
     released.write_pairs(tmp_path / "src", ["9", "19"], 10, 10)
     whole, calls = import_reference_pairs(tmp_path / "src", tmp_path / "whole", 4), []
-    save = checkpoints.save_tensors
+    save = imports.save_tensors
     monkeypatch.setattr(
-        checkpoints,
+        imports,
         "save_tensors",
         lambda path, *a: (
             calls.append(path) or (save(path, *a) if len(calls) < 4 else (_ for _ in ()).throw(KeyboardInterrupt))
@@ -89,7 +90,7 @@ def test_an_interrupted_import_goes_on_with_the_next_shard(tmp_path, monkeypatch
     )
     with pytest.raises(KeyboardInterrupt):
         import_reference_pairs(tmp_path / "src", tmp_path / "out", 4)
-    monkeypatch.setattr(checkpoints, "save_tensors", save)
+    monkeypatch.setattr(imports, "save_tensors", save)
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     assert len(times) == 3 and not any("manifest" in n or n.startswith(".") for n in times)
     assert import_reference_pairs(tmp_path / "src", tmp_path / "out", 4) == whole
@@ -207,13 +208,13 @@ def test_an_edm_file_that_names_only_what_differs_from_the_defaults_is_imported_
 
 def test_pairs_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch):
     released.write_pairs(tmp_path / "src", ["9"], 10, 10)
-    shard = checkpoints.pairs_shard
+    shard = imports._pairs_shard
 
     def meanwhile(*args):
         os.utime(tmp_path / "src/latent/9.pkl", ns=(1, 1))
         return shard(*args)
 
-    monkeypatch.setattr(checkpoints, "pairs_shard", meanwhile)
+    monkeypatch.setattr(imports, "_pairs_shard", meanwhile)
     with pytest.raises(FileError, match=r"9\.pkl.* changed while it was read"):
         import_reference_pairs(tmp_path / "src", tmp_path / "out", 4)
     assert not (tmp_path / "out/manifest.json").exists()

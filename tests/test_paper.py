@@ -1,7 +1,6 @@
 """The profile of the paper: every stage at smoke size on made-up CIFAR files, imported teachers and pairs, tables; and its price."""
 
 import copy
-import functools
 import json
 
 import pytest
@@ -11,7 +10,7 @@ import yaml
 import released
 from conftest import ROOT, get_nb
 from get_nb.lab import pipeline
-from get_nb.lab.cli import stages
+from get_nb.lab.profiles import load_profile
 from get_nb.lab.core import seed_everything
 from get_nb.lab.checkpoints import create_teacher
 
@@ -83,7 +82,6 @@ def paper(tmp_path_factory):
         m.setenv("GET_NB_PROGRESS", "off")
         m.setenv("MPLBACKEND", "Agg")
         m.setattr(pipeline, "execute", run_here)
-        m.setattr(stages, "code_hashes", functools.lru_cache(None)(stages.code_hashes))
         threads = torch.get_num_threads()
         folder = pipeline.run_profile(ROOT, str(tmp / "paper.yaml"), runs=tmp / "runs")
         torch.set_num_threads(threads)
@@ -91,7 +89,7 @@ def paper(tmp_path_factory):
 
 
 def test_every_stage_of_the_paper_runs_from_imported_teachers_and_pairs_to_tables(paper):
-    names = stages.load_profile(ROOT, "paper").keys()
+    names = load_profile(ROOT, "paper").keys()
     assert len(names) >= 30 and all((paper / n / "stamp.json").is_file() for n in names)
     for table, rows in (("table_1_unconditional", 11), ("table_2_conditional", 5), ("table_3_get_vs_vit", 6)):
         t = json.loads((paper / table / f"{table}.json").read_text())
@@ -103,7 +101,7 @@ def test_every_stage_of_the_paper_runs_from_imported_teachers_and_pairs_to_table
 
 
 def test_students_of_the_paper_have_the_reference_s_settings():
-    got = {n: s.params for n, s in stages.load_profile(ROOT, "paper").items() if s.notebook.stem == "student"}
+    got = {n: s.params for n, s in load_profile(ROOT, "paper").items() if s.notebook.stem == "student"}
     assert {p["model"] for p in got.values()} >= {
         "GET-T/2",
         "GET-M/2",

@@ -166,11 +166,36 @@ def test_every_requirement_is_pinned():
         assert re.split(r"[<>=]", requirement)[0].lower().replace("_", "-") in pinned, requirement
 
 
-def test_the_readme_shows_what_is_published(tmp_path):
-    from get_nb.lab.report import readme_text
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_a_report_shows_what_is_published(name):
+    from get_nb.lab.readme import fill_blocks
 
-    text = (ROOT / "README.md").read_text()
-    assert readme_text(ROOT, text) == text, "run make readme"
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert fill_blocks(ROOT, text) == text, "run make readme"
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md", "nbs/index.ipynb", "nbs/differences.ipynb"])
+def test_links_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if name.endswith(".ipynb"):
+        text = "\n".join(source(c) for c in cells(ROOT / name, "markdown"))
+    targets = re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", text)
+    assert targets
+    for path, anchor in targets:
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), path
+        if anchor and target.suffix == ".ipynb":
+            assert anchor[1:] in anchors(target), f"{path}{anchor}: {sorted(anchors(target))}"
+
+
+def anchors(path):
+    "The headings of a notebook, as Jupyter and code hosts name them."
+    headings = [h for c in cells(path, "markdown") for h in re.findall(r"(?m)^#+ (.+)$", source(c))]
+    return {h.strip().replace(" ", "-") for h in headings}
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
 
 
 def test_a_stage_depends_on_every_module_that_its_notebook_runs():

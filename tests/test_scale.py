@@ -12,7 +12,8 @@ import yaml
 
 from conftest import ROOT, get_nb
 from get_nb.lab.shapes import DRAWS, SHAPES, draw_numbers, make_shapes, render_shapes, shape_distance
-from get_nb.lab.stages import load_profile, why_run
+from get_nb.lab.profiles import load_profile
+from get_nb.lab.stages import why_run
 
 
 def test_a_shape_does_not_depend_on_the_batch_it_is_drawn_in():
@@ -99,7 +100,7 @@ def test_snakemake_sees_the_stages_of_a_profile(tmp_path):
         assert re.search(rf"(rule|localrule|job) {name}:|^{name} ", said, re.M), name
 
 
-def test_snakemake_runs_a_stage_and_what_it_needs_and_notices_what_no_longer_holds(tmp_path):
+def test_snakemake_runs_a_stage_and_what_it_needs_and_notices_what_is_no_longer_up_to_date(tmp_path):
     runs = tmp_path / "a folder"  # with a space
     command = [
         sys.executable,
@@ -125,7 +126,7 @@ def test_snakemake_runs_a_stage_and_what_it_needs_and_notices_what_no_longer_hol
     assert not why_run(stages["teacher"], runs / "smoke") and not why_run(stages["pairs"], runs / "smoke")
     assert "Nothing to be done" in snakemake()
     (runs / "smoke/.done/pairs").unlink()
-    assert "pairs: holds" in snakemake()
+    assert "pairs: up to date" in snakemake()
     (runs / "smoke/pairs/pairs-00001.safetensors").unlink()
     assert re.search(r"^pairs +1$", snakemake("-n"), re.M)
     assert "pairs: done" in snakemake() and not why_run(stages["pairs"], runs / "smoke")
@@ -141,13 +142,13 @@ def test_snakemake_refuses_an_unknown_profile_in_one_line(tmp_path):
     assert done.returncode != 0 and "did you mean 'smoke'" in done.stdout + done.stderr
 
 
-def test_a_job_refuses_to_build_on_what_does_not_hold(tmp_path):
+def test_a_job_refuses_to_build_on_what_is_not_up_to_date(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "workflow/stage.py", "--root", ROOT, "--runs", tmp_path, "smoke", "pairs"],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "teacher does not hold" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "teacher is not up to date" in done.stderr
 
 
 def test_the_container_and_the_cluster_profile_are_in_step():

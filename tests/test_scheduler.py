@@ -7,7 +7,7 @@ import pytest
 from filelock import FileLock
 
 from get_nb.lab import pipeline
-from get_nb.lab.stages import Stage
+from get_nb.lab.profiles import Stage
 
 
 def stage(name, *needs, **params):
@@ -94,7 +94,7 @@ def test_a_stage_that_another_process_runs_is_left_to_it(tmp_path):
 
 def test_a_half_finished_stage_survives_a_start_that_cannot_write(tmp_path, monkeypatch):
     folder, key = tmp_path / "a", dict(code="x")
-    pipeline.prepare_folder(folder, key, fresh=False)
+    pipeline._prepare_folder(folder, key, fresh=False)
     (folder / "state").mkdir()
 
     def full(self, text):
@@ -103,8 +103,8 @@ def test_a_half_finished_stage_survives_a_start_that_cannot_write(tmp_path, monk
 
     with monkeypatch.context() as m:
         m.setattr(Path, "write_text", full)
-        pipeline.prepare_folder(folder, key, fresh=False)
-    pipeline.prepare_folder(folder, key, fresh=False)
+        pipeline._prepare_folder(folder, key, fresh=False)
+    pipeline._prepare_folder(folder, key, fresh=False)
     assert (folder / "state").is_dir()
-    pipeline.prepare_folder(folder, dict(code="y"), fresh=False)
+    pipeline._prepare_folder(folder, dict(code="y"), fresh=False)
     assert not (folder / "state").exists()

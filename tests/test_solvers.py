@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from get_nb.lab.core import ConfigError, torch_rng
-from get_nb.solvers import SOLVERS, anderson, broyden, fixed_point_iter, solve
+from get_nb.fixed_point import fixed_point_iter
+from get_nb.solvers import SOLVERS, anderson, broyden, solve
 
 GOLDEN = json.loads((Path(__file__).parent / "data/deq_solvers.json").read_text())
 

@@ -1,20 +1,28 @@
-"""A small training, a small set of pairs and a small student, for tests that need several processes: python -m toy train|pairs|student FOLDER [name=value ...]."""
+"""A small training, GAN, set of pairs and student, for tests that need several processes: python -m toy train|gan|pairs|student FOLDER [name=value ...]."""
 
 import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from get_nb.lab.core import seed_everything, torch_rng
+from get_nb.discriminator import ClassifierPyramid, Discriminator, DiscriminatorConfig
+from get_nb.gdd import GDD, GanConfig, train_gan
+from get_nb.kd import OneStep
+from get_nb.lab.data import load_data
+from get_nb.lab.classifier import create_classifier
+from get_nb.teachers import build_teacher
 from get_nb.distillation import DistillConfig, distill
 from get_nb.lab.files import save_tensors, sha256_file, write_json
 from get_nb.lab.checkpoints import create_model
 from get_nb.lab.evaluate import training_formulation
 from get_nb.pairs import PairDataset, PairsConfig, generate_pairs, recipe_of
-from get_nb.lab.train import TrainConfig, batch_indices, train
+from get_nb.lab.schedule import TrainConfig, batch_indices
+from get_nb.lab.train import train
 
 os.environ.setdefault("GET_NB_PROGRESS", "off")
 CONFIG = dict(
@@ -40,6 +48,31 @@ def fit(folder, pause=0.0, die=-1, poison=-1, watch=None, **change):
         )
 
     return train(model, loss_fn, cfg, folder, desc="toy", watch=watch)
+
+
+def gan(folder, pause=0.0, poison=-1, at=None, **change):
+    "Train a small one-step generator against a small critic; `at`: step -> called before it; -> ema, history."
+    shape, data = dict(num_classes=10, image_size=8, channels=1), load_data("digits")
+    seed_everything(0, "gan")
+    generator = OneStep(build_teacher("unet-digits", base=8, **shape))
+    pyramid = ClassifierPyramid(create_classifier(width=4, **shape))
+    critic = Discriminator([pyramid], data.batch([0])[0], DiscriminatorConfig(dim=8, width=8), 10)
+    cfg = replace(GDD, **dict(steps=12, batch_size=9, lr=1e-4, checkpoint_every=4, log_every=1) | change)
+    settings = GanConfig(lr_critic=1e-4, r1_every=3, monitor_every=3)
+
+    def real(step):
+        time.sleep(pause)
+        if at and step in at:
+            at[step]()
+        return data.batch(batch_indices(len(data), cfg.batch_size, step, cfg.seed))
+
+    def extra(model, step, share):
+        return torch.tensor(float("nan") if step == poison else 0.0)
+
+    def monitor(ema):
+        return next(ema.parameters()).norm()
+
+    return train_gan(generator, critic, real, 10, cfg, settings, extra, monitor, state_dir=folder)
 
 
 class Denoiser(torch.nn.Module):
@@ -103,5 +136,7 @@ if __name__ == "__main__":
         make(folder, **change)
     elif what == "student":
         student(folder, **change)
+    elif what == "gan":
+        gan(Path(folder) / "state", **change)
     else:
         fit(Path(folder) / "state", **change)

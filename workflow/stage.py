@@ -1,12 +1,13 @@
-"""Run one stage of a profile, and no other: what a job of workflow/Snakefile does. Jobs of different stages may run side by side."""
+"""Run one stage of a profile, and no other: a job of workflow/Snakefile. Jobs of different stages may run side by side."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from get_nb.lab.core import ConfigError
+from get_nb.lab.core import ConfigError, require
 from get_nb.lab.pipeline import StageError, run_stage, runs_folder
-from get_nb.lab.stages import load_profile, select, stage_key, why_run
+from get_nb.lab.profiles import load_profile, select_stages
+from get_nb.lab.stages import stage_key, why_run
 
 
 def main():
@@ -16,19 +17,18 @@ def main():
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--runs", type=Path)
     args = parser.parse_args()
-    stages = select(load_profile(args.root, args.profile), args.stage)
+    stages = select_stages(load_profile(args.root, args.profile), args.stage)
     stage, folder = stages[args.stage], runs_folder(args.root, args.profile, args.runs)
     for need in stage.needs:
-        if why_run(stages[need], folder):
-            raise ConfigError(
-                f"stage {stage.name}: {need} does not hold ({why_run(stages[need], folder)}); run it first"
-            )
+        reason = why_run(stages[need], folder)
+        require(not reason, f"stage {stage.name}: {need} is not up to date ({reason}); run it first")
     reason = why_run(stage, folder)
-    if reason:
-        print(f"{stage.name}: running ({reason})", flush=True)
-        print(f"{stage.name}: done in {run_stage(stage, stage_key(stage, folder), args.root, folder)['seconds']:.0f} s")
-    else:
-        print(f"{stage.name}: holds")
+    if not reason:
+        print(f"{stage.name}: up to date")
+        return
+    print(f"{stage.name}: running ({reason})", flush=True)
+    stamp = run_stage(stage, stage_key(stage, folder), args.root, folder)
+    print(f"{stage.name}: done in {stamp['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import torch
 from pydantic import PositiveInt
 
 from ..distillation import DistillConfig, distill_loss
-from ..equilibrium_get import GET, MODELS, with_options
 from ..evaluation import training_cost
+from ..get import GET
 from ..gradients import unroll
 from .checkpoints import create_model, create_teacher
 from .core import ConfigError, autocast, config, seed_everything, setup
@@ -31,8 +31,9 @@ from .counting import LiveMemory, flops
 from .fast import Compiled, Fast, has_one_dnn, one_dnn
 from .files import save_tensors, sha256_file, write_json
 from .records import Column, cell, save_record, save_table
-from .train import ema_update
+from .schedule import ema_update
 from ..pairs import PairDataset, PairsConfig, draw_noise, recipe_of
+from ..presets import MODELS, with_options
 from ..sampler import heun_sample
 from ..solvers import SOLVERS
 
@@ -165,7 +166,7 @@ class BenchConfig:
         batch_size: images per step
         n_iter: iterations unrolled in training
         rounds: measured rounds
-        teacher: key of get_nb.unet.TEACHERS
+        teacher: key of get_nb.teachers.TEACHERS
         teacher_batch: images of the teacher, which is slow
         teacher_rounds: measured rounds of it
         num_steps: of the teacher's sampler

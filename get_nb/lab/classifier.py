@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from .core import FileError, build_config, config, torch_rng
 from .files import fit_weights, read_checkpoint
 from .images import ImageSet, to_float
-from .train import TrainConfig, batch_indices, train
+from .schedule import TrainConfig, batch_indices
+from .train import train
 
 # %% ../../nbs/lab/13_classifier.ipynb #8f46df43
 @config

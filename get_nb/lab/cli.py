@@ -21,10 +21,10 @@ from pathlib import Path
 import click
 
 import get_nb.lab.stages as chain
-from . import pipeline
-from . import stages as chain
+from . import pipeline, publishing
 from .core import EVAL_SEED, ConfigError, FileError, find_root, nearest
 from .files import write_json
+from .profiles import load_profile, select_stages
 
 # %% ../../nbs/lab/36_cli.ipynb #fcfe2383
 class Commands(click.Group):
@@ -107,7 +107,7 @@ def options(*names):
 @cli.command()
 @options("profile", "stage", "group", "root", "runs", "keep")
 @click.option("--dry-run", is_flag=True, help="Say what would run and why, and what it costs, and stop.")
-@click.option("--fresh", is_flag=True, help="Run selected stages even if they hold, from the start.")
+@click.option("--fresh", is_flag=True, help="Run selected stages even if they are up to date, from the start.")
 @click.option(
     "--cores",
     type=click.IntRange(1),
@@ -115,7 +115,7 @@ def options(*names):
 )
 @click.option("--redraw", is_flag=True, help="Only draw tables and figures, from the published records.")
 def reproduce(profile, stage, group, root, runs, keep, dry_run, fresh, cores, redraw):
-    "Train, generate, evaluate and draw: everything of a profile that does not hold yet."
+    "Train, generate, evaluate and draw: everything of a profile that is not up to date."
     root = find_root(root)
     if redraw:
         other = [
@@ -127,28 +127,28 @@ def reproduce(profile, stage, group, root, runs, keep, dry_run, fresh, cores, re
             raise ConfigError(
                 f"--redraw draws all that is published; it goes with --profile, --runs and --root, not with --{other[0].replace('_', '-')}"
             )
-        return pipeline.redraw(root, profile, runs)
+        return publishing.redraw(root, profile, runs)
     if dry_run:
         list_stages(root, profile, stage, group, runs, keep, fresh)
         return show_price(root, profile, stage, group)
     folder = pipeline.run_profile(root, profile, stage, group, fresh, runs, cores, keep)
     click.echo(
-        pipeline.compare_tables(
-            folder, root / "results" / Path(profile).stem, chain.select(chain.load_profile(root, profile), stage, group)
+        publishing.compare_tables(
+            folder, root / "results" / Path(profile).stem, select_stages(load_profile(root, profile), stage, group)
         )
     )
     click.echo(f"pages to read: {folder}/*/notebook.html")
 
 # %% ../../nbs/lab/36_cli.ipynb #ced63445
 def list_stages(root, profile, stage=None, group=None, runs=None, keep=False, fresh=False):
-    "Print each stage, how long it took (here, or when it was published), and whether it holds."
+    "Print each stage, how long it took (here, or when it was published), and whether it is up to date."
     name = Path(profile).stem
     folder, published = (
         Path(runs or root / "runs") / name,
         chain.read_manifest(root / "results" / name / "manifest.json"),
     )
     stale = set()
-    for s in chain.select(chain.load_profile(root, profile), stage, group).values():
+    for s in select_stages(load_profile(root, profile), stage, group).values():
         stamp = chain.read_stamp(folder / s.name) or published.get(s.name)
         took = f"{stamp['seconds']:7.1f} s" if stamp else " " * 9
         reason = "asked for" if fresh and stage in (None, s.name) else chain.why_run(s, folder, keep)
@@ -156,30 +156,41 @@ def list_stages(root, profile, stage=None, group=None, runs=None, keep=False, fr
         if reason or first:
             stale.add(s.name)
         click.echo(
-            f"{s.name:28} {took}  {reason or (f'holds, unless {first} comes out different' if first else 'holds')}"
+            f"{s.name:28} {took}  {reason or (f'up to date, unless {first} comes out different' if first else 'up to date')}"
         )
 
 
 def show_price(root, profile, stage=None, group=None):
     "Print evaluations, FLOPs, memory, disk and hours of the selected stages."
-    from get_nb.lab.price import measured_rates, price_table, this_machine
+    from get_nb.lab.price import measured_rates, price_stages, this_machine
 
-    selected = chain.select(chain.load_profile(root, profile), stage, group)
-    click.echo("\n" + price_table(selected, measured_rates(root / "results"), this_machine()))
+    selected = select_stages(load_profile(root, profile), stage, group)
+    click.echo("\n" + price_stages(selected, measured_rates(root / "results"), this_machine()))
 
 
 @cli.command()
 @options("profile", "stage", "group", "root", "runs", "keep")
 def stages(profile, stage, group, root, runs, keep):
-    "List the stages of a profile and whether they hold."
+    "List the stages of a profile and whether they are up to date."
     list_stages(find_root(root), profile, stage, group, runs, keep)
 
 
 @cli.command()
 @options("profile", "group", "root", "runs", "keep")
-def publish(profile, group, root, runs, keep):
-    "Copy records, tables and figures of finished stages into results/<profile>."
-    click.echo(pipeline.publish(find_root(root), profile, group, runs, keep))
+@click.option(
+    "--redrawn",
+    is_flag=True,
+    help="Only tables, figures and pages, as 'reproduce --redraw' drew them from the published records.",
+)
+def publish(profile, group, root, runs, keep, redrawn):
+    "Copy records, tables, figures and their executed pages into results/<profile>."
+    root = find_root(root)
+    if not redrawn:
+        click.echo(publishing.publish_profile(root, profile, group, runs, keep))
+        return
+    if group or keep:
+        raise ConfigError(f"--redrawn publishes all that was redrawn; not with --{'group' if group else 'keep'}")
+    click.echo(publishing.publish_redrawn(root, profile, runs))
 
 # %% ../../nbs/lab/36_cli.ipynb #644e43a8
 @cli.command()
@@ -289,7 +300,7 @@ def import_(file, out, download):
     if download and file != "cifar10":
         raise ConfigError(f"--download: only cifar10 can be fetched, not {file!r}; put the file here yourself")
     if file != "cifar10" or Path(file).exists():
-        from get_nb.lab.released import import_file
+        from get_nb.lab.imports import import_file
 
         return click.echo(import_file(file, out))
     from get_nb.lab.folders import load_cifar10
@@ -382,7 +393,7 @@ def file_lines(root: Path) -> list:
             ),
         ),
     ]
-    profile = chain.load_profile(root, "paper")
+    profile = load_profile(root, "paper")
     for path in sorted({Path(s.params[k]) for s in profile.values() for k in ("file", "source") if k in s.params}):
         lines.append(
             (
@@ -526,4 +537,4 @@ def price(gpus, record, given):
     except ValueError:
         raise ConfigError(f"--set {' '.join(given)}: NAME=NUMBER, e.g. peak=8e14") from None
     whole = {k: int(v) for k, v in values.items() if k in ("per_machine", "samples") and v.is_integer()}
-    click.echo(importlib.import_module("get_nb.lab.scale").price(gpus, record, **values | whole))
+    click.echo(importlib.import_module("get_nb.lab.price").price_paper(gpus, record, **values | whole))

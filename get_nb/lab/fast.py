@@ -14,11 +14,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..equilibrium_get import GET, ViT
+from ..fixed_point import fixed_point_iter
+from ..get import GET, ViT
 from ..gradients import normalize_state, unroll, unroll_constant
 from .core import ConfigError, Precision, autocast
 from ..layers import unpatchify
-from ..solvers import fixed_point_iter
 
 # %% ../../nbs/lab/27_fast.ipynb #a54f368b
 NAMES = (

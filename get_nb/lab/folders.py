@@ -17,7 +17,7 @@ from sklearn import model_selection
 
 from .core import ConfigError, FileError, find_root, nearest, progress, require
 from .images import ImageSet
-from .reader import read_array_pickle
+from .pickles import read_array_pickle
 
 # %% ../../nbs/lab/07_folders.ipynb #8027785b
 CIFAR_FILES = dict(

@@ -5,7 +5,7 @@ import json
 import yaml
 
 from conftest import ROOT, get_nb
-from get_nb.lab.stages import load_profile
+from get_nb.lab.profiles import load_profile
 
 SMALL = dict(
     device="cpu",

@@ -30,7 +30,7 @@ def reproduce(runs, *args):
 
 
 def tables(runs):
-    from get_nb.lab.pipeline import untimed
+    from get_nb.lab.publishing import untimed
 
     return {p.stem: untimed(json.loads(p.read_text())) for p in sorted((runs / PROFILE).glob("table_*/table_*.json"))}
 

@@ -22,7 +22,7 @@ import toy  # noqa: E402
 from get_nb.lab.core import FileError  # noqa: E402
 from get_nb.lab.files import load_tensors  # noqa: E402
 from get_nb.pairs import PairDataset, PairsConfig, generate_pairs, read_manifest, verify_pairs  # noqa: E402
-from get_nb.lab.train import checkpoints  # noqa: E402
+from get_nb.lab.state import checkpoints  # noqa: E402
 
 SEED = int(os.environ.get("SOAK_SEED", 0))
 KILLS = int(os.environ.get("SOAK_KILLS", 25))  # over teacher, pairs and student
