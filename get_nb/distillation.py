@@ -14,7 +14,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from .gradients import supervised
 from .jacobian import jacobian_penalty, residual_penalty
 from .lab.core import Fraction, Ints, config, nearest, require, rng
-from .lab.train import TrainConfig, batch_indices, train
+from .lab.schedule import TrainConfig, batch_indices
+from .lab.train import train
 from .losses import get_loss
 
 # %% ../nbs/31_distillation.ipynb #90c275a8

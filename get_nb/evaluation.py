@@ -15,7 +15,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 
 from .distillation import DistillConfig, distill_loss
-from .equilibrium_get import GET
+from .get import GET
 from .lab.core import EVAL_SEED, Ints, autocast, config, progress
 from .lab.counting import flops, kept_bytes
 from .lab.images import ImageSet, to_uint8

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ..distillation import DistillConfig
-from ..equilibrium_get import GET, ViT
 from ..evaluation import EvalConfig, evaluate, generate
+from ..get import GET, ViT
 from .checkpoints import load_checkpoint
 from .core import ConfigError, progress, require, setup
 from .data import load_data
@@ -28,7 +28,7 @@ from .images import to_uint8
 from .metrics import load_features, load_statistics
 from .records import Column, table_markdown
 from .released import load_edm_pickle, load_reference_get
-from .train import TrainConfig
+from .schedule import TrainConfig
 from ..pairs import draw_noise
 
 # %% ../../nbs/lab/29_evaluate.ipynb #43cc5c34
