@@ -224,7 +224,7 @@ def sample(weights, n, seed, labels, iterations, steps, precision, out):
     "Draw images with a GET, a ViT or a teacher: own (.safetensors) or released weights (.pth, .pkl)."
     if Path(out).suffix not in (".png", ".npz"):
         raise ConfigError(f"--out {out}: a .png or .npz file")
-    from get_nb.evaluation import sample_to_file
+    from get_nb.lab.evaluate import sample_to_file
 
     sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps, precision=precision)
     click.echo(f"{out}: {n} images from seeds {seed}..{seed + n - 1}")
@@ -264,7 +264,7 @@ def evaluate(
 
     On 8 GPUs: torchrun --nproc-per-node 8 $(which get-nb) evaluate WEIGHTS --samples 50000
     """
-    from get_nb.evaluation import evaluate_checkpoint, evaluation_table
+    from get_nb.lab.evaluate import evaluate_checkpoint, evaluation_table
 
     result = evaluate_checkpoint(
         weights,
