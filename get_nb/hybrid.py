@@ -11,7 +11,7 @@ from dataclasses import asdict
 from .distillation import DistillConfig, distill_loss
 from .gdd import GDD, GanConfig, train_gan
 from .lab.images import ImageSet
-from .lab.schedule import batch_indices
+from .lab.schedule import TrainConfig, batch_indices
 from .lab.store import PairDataset
 
 # %% ../nbs/46_hybrid.ipynb #0d0c38e6

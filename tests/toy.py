@@ -18,6 +18,7 @@ from get_nb.lab.classifier import create_classifier
 from get_nb.teachers import build_teacher
 from get_nb.distillation import DistillConfig, distill
 from get_nb.lab.checkpoints import create_model
+from get_nb.lab.evaluate import training_formulation
 from get_nb.lab.generation import generate_pairs
 from get_nb.lab.store import PairDataset, save_pairs
 from get_nb.pairs import PairsConfig

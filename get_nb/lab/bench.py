@@ -8,7 +8,7 @@ __all__ = ['SINGLE', 'LABELS', 'TASKS', 'MEASURED', 'timed', 'take_turns', 'pair
            'measure_models', 'measure_solvers', 'measure_teacher', 'measure_reading', 'run_bench', 'bench_notes',
            'bench_table', 'bench_to_folder']
 
-# %% ../../nbs/lab/35_bench.ipynb #2ec03160
+# %% ../../nbs/lab/35_bench.ipynb #6f5d5e63
 import ctypes
 import shutil
 import statistics
@@ -33,6 +33,7 @@ from .records import Column, cell, save_record, save_table
 from .schedule import ema_update
 from .store import PairDataset, save_pairs
 from ..pairs import draw_noise
+from ..presets import MODELS, with_options
 from ..sampler import heun_sample
 from ..solvers import SOLVERS
 
@@ -374,7 +375,7 @@ def measure_teacher(cfg: BenchConfig, device) -> dict:
         for row, r in out.items()
     }
 
-# %% ../../nbs/lab/35_bench.ipynb #8822fc05
+# %% ../../nbs/lab/35_bench.ipynb #f103e5ec
 def measure_reading(cfg: BenchConfig, batches: int = 40) -> dict:
     """Pairs per second read in random batches of 256, by one thread.
 
