@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cli', 'main']
 
-# %% ../../nbs/lab/36_cli.ipynb #cd234e7f
+# %% ../../nbs/lab/36_cli.ipynb #22578bfa
 import sys
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import click
 
 from .commands import MODEL_COMMANDS, Commands
 from .core import ConfigError, FileError, find_root, require
-from .doctor import examine
 from .pipeline import StageError, run_profile
 from .profiles import load_profile, select_stages
 from .publishing import compare_tables, publish_profile, publish_redrawn, redraw
@@ -57,7 +56,7 @@ def main(args=None):
     except OSError as e:
         _fail(2, f"{e.filename or ''}: {e.strerror or e}")
 
-# %% ../../nbs/lab/36_cli.ipynb #69d11f66
+# %% ../../nbs/lab/36_cli.ipynb #31c5ab07
 _KEEP_HELP = (
     "Keep finished stages whose code alone has changed, and say which; their records name the code that made them."
 )
@@ -156,11 +155,13 @@ def _publish(profile, group, root, runs, keep, redrawn):
     require(not (group or keep), f"--redrawn publishes all that was redrawn; not with --{other}")
     click.echo(publish_redrawn(root, profile, runs))
 
-# %% ../../nbs/lab/36_cli.ipynb #5d55a324
+# %% ../../nbs/lab/36_cli.ipynb #30ffd291
 @cli.command("doctor")
 @_options("root")
 def _doctor(root):
     "List what is there and what is missing."
+    from get_nb.lab.doctor import examine
+
     found = examine(root)
     for f in found:
         click.echo(str(f))

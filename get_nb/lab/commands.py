@@ -42,7 +42,7 @@ class Commands(click.Group):
             raise click.UsageError(f"no such command {args[0]!r}{nearest(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
-# %% ../../nbs/lab/35_commands.ipynb #4d5808bd
+# %% ../../nbs/lab/35_commands.ipynb #96126323
 _COUNT = click.IntRange(1)
 _STEPS = click.option("--steps", type=_COUNT, help="Heun steps of a teacher; by default 18.")
 _PRECISION = click.option(
@@ -52,7 +52,7 @@ _SEED_HELP = "First seed; image i is made from seed + i. Training pairs were mad
 _LABEL_HELP = "Class; repeat for several, they are cycled. By default drawn from the seeds."
 
 
-@click.command()
+@click.command("sample")
 @click.argument("weights", type=click.Path())
 @click.option("--n", default=16, show_default=True, type=_COUNT, help="Number of images.")
 @click.option("--seed", default=EVAL_SEED, show_default=True, type=click.IntRange(0), help=_SEED_HELP)
@@ -64,12 +64,12 @@ _LABEL_HELP = "Class; repeat for several, they are cycled. By default drawn from
 def _sample(weights, n, seed, labels, iterations, steps, precision, out):
     "Generate images with a GET, a ViT or a teacher: own (.safetensors) or released weights (.pth, .pkl)."
     require(Path(out).suffix in (".png", ".npz"), f"--out {out}: a .png or .npz file")
-    from get_nb.evaluation import sample_to_file
+    from get_nb.lab.evaluate import sample_to_file
 
     sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps, precision=precision)
     click.echo(f"{out}: {n} images from seeds {seed}..{seed + n - 1}")
 
-# %% ../../nbs/lab/35_commands.ipynb #272a9098
+# %% ../../nbs/lab/35_commands.ipynb #9a332f8f
 _SAMPLES_HELP = (
     "Number of images; by default 50,000, and 5,000 with a classifier. "
     "(Under torchrun write --samples: it takes --n for its own.)"
@@ -77,7 +77,7 @@ _SAMPLES_HELP = (
 _CLASSIFIER_HELP = "Checkpoint of a classifier of the chain as feature network; by default Inception."
 
 
-@click.command()
+@click.command("evaluate")
 @click.argument("weights", type=click.Path())
 @click.option("--classifier", type=click.Path(), help=_CLASSIFIER_HELP)
 @click.option("--data", help="Data set to compare with; by default the one of this image size: digits or cifar10.")
@@ -97,7 +97,7 @@ def _evaluate(weights, classifier, train_stats, test_stats, out, **how):
 
     On 8 GPUs: torchrun --nproc-per-node 8 $(which get-nb) evaluate WEIGHTS --samples 50000
     """
-    from get_nb.evaluation import evaluate_checkpoint, evaluation_table
+    from get_nb.lab.evaluate import evaluate_checkpoint, evaluation_table
 
     statistics = dict(train=train_stats, test=test_stats)
     result = evaluate_checkpoint(weights, classifier or "inception", statistics=statistics, **how)
