@@ -15,7 +15,6 @@ from .gradients import supervised
 from .jacobian import jacobian_penalty, residual_penalty
 from .lab.core import Fraction, Ints, config, nearest, require, rng
 from .lab.schedule import TrainConfig, batch_indices
-from .lab.store import PairDataset
 from .lab.train import train
 from .losses import get_loss
 
