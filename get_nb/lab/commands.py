@@ -150,10 +150,9 @@ def _info(folder):
 @click.argument("folder", type=click.Path())
 def _verify(folder):
     "Hash every shard again and compare with the manifest."
-    from get_nb.lab.stages import read_manifest
-    from get_nb.lab.store import verify_pairs
+    from get_nb.lab.store import read_pairs_manifest, verify_pairs
 
-    wrong, shards = verify_pairs(folder, afresh=True), len(read_manifest(folder)["shards"])
+    wrong, shards = verify_pairs(folder, afresh=True), len(read_pairs_manifest(folder)["shards"])
     require(not wrong, f"{len(wrong)} of {shards} shards are damaged: {'; '.join(wrong)}", FileError)
     click.echo(f"{folder}: {shards} shards, none damaged")
 
