@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import ROOT
 from get_nb.lab.core import ConfigError, seed_everything, torch_rng
-from get_nb.gradients import correction_weights, equilibrium, gate, implicit, supervised, unroll, unroll_constant
+from get_nb.distillation import correction_weights
+from get_nb.gradients import equilibrium, gate, implicit, supervised, unroll, unroll_constant
 from get_nb.distillation import DistillConfig, distill_loss
 from get_nb.jacobian import jacobian_penalty, spectral_radius
 from get_nb.losses import l1

@@ -301,7 +301,7 @@ def vgg_state():
 def test_lpips_and_dists_are_piq_s_own_on_the_same_weights(monkeypatch, vgg_state):
     import piq
 
-    alpha, beta = (torch.rand(1, 3 + sum(CHANNELS), 1, 1, generator=torch_rng(i)) for i in "ab")
+    alpha, beta = (torch.rand(1, 3 + sum(VGG_CHANNELS), 1, 1, generator=torch_rng(i)) for i in "ab")
     total = alpha.sum() + beta.sum()
     weights = dict(alpha=alpha / total, beta=beta / total)
     monkeypatch.setattr("piq.perceptual.vgg16", lambda **kw: type("Net", (), dict(features=load_vgg16(vgg_state))))
@@ -318,10 +318,10 @@ def test_lpips_and_dists_are_piq_s_own_on_the_same_weights(monkeypatch, vgg_stat
 
 
 def test_perceptual_losses_say_what_they_need(no_network, monkeypatch):
-    perceptual.cache_clear()
+    load_loss.cache_clear()
     for name, file in (("lpips", "vgg16-397923af.pth"), ("dists", "dists_weights.pt")):
         with pytest.raises(FileError, match=file):
-            get_loss(name)
+            load_loss(name)
     for state in (
         {},
         dict(alpha=torch.ones(1, 3, 1, 1), beta=torch.ones(1)),
@@ -331,7 +331,41 @@ def test_perceptual_losses_say_what_they_need(no_network, monkeypatch):
             dists_weights(state)
     monkeypatch.setitem(sys.modules, "piq", None)
     with pytest.raises(ConfigError, match=r"get_nb\[perceptual\]"):
-        get_loss("lpips")
+        load_loss("lpips")
+
+
+def test_a_loss_that_needs_files_names_the_function_that_reads_them():
+    for name in ("lpips", "dists"):
+        with pytest.raises(ConfigError, match=rf"get_nb.lab.perceptual.load_loss\('{name}'\)"):
+            get_loss(name)
+    assert load_loss("l2") is get_loss("l2") is l2
+    with pytest.raises(ConfigError, match="did you mean 'lpips'"):
+        load_loss("lpip")
+
+
+def test_distillation_minimises_the_distance_that_is_handed_in(vgg_state):
+    from get_nb.distillation import DistillConfig, distill_loss
+    from get_nb.evaluation import training_cost
+
+    lpips = make_lpips(load_vgg16(vgg_state), lpips_weights())
+
+    class Half(nn.Module):
+        config = dict(channels=1, image_size=8, num_classes=0)
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.5))
+
+        def unrolled(self, noise, labels):
+            return [self.scale * noise]
+
+    model, noise, cfg = Half(), torch.randn(1, 1, 8, 8, generator=torch_rng("handed in")), DistillConfig(loss="lpips")
+    with pytest.raises(ConfigError, match="load_loss"):
+        distill_loss(model, noise, None, noise, cfg)
+    loss = distill_loss(model, noise, None, noise, cfg, distance=lpips)
+    assert loss == lpips(0.5 * noise, noise) > 0
+    counted = [training_cost(model, c, 1, d)["train_gflop"] for c, d in ((cfg, lpips), (DistillConfig(), None))]
+    assert counted[0] > 90 > counted[1]  # three passes of VGG16 forward and one backward, at 31 GFLOP each
 
 
 def test_two_processes_measure_what_one_does(tmp_path):

@@ -19,6 +19,7 @@ from get_nb.teachers import build_teacher
 from get_nb.distillation import DistillConfig, distill
 from get_nb.lab.files import save_tensors, sha256_file, write_json
 from get_nb.lab.checkpoints import create_model
+from get_nb.lab.evaluate import training_formulation
 from get_nb.pairs import PairDataset, PairsConfig, generate_pairs, recipe_of
 from get_nb.lab.schedule import TrainConfig, batch_indices
 from get_nb.lab.train import train
@@ -121,9 +122,10 @@ def student(folder, fast=False, name="GET-digits/2", options=None, **change):
     seed_everything(0, name)
     model = create_model(name, num_classes=10, image_size=8, channels=1, dim=32, depth=1, **(options or {}))
     cfg = TrainConfig(**CONFIG | dict(lr=1e-3, batch_size=16, checkpoint_every=25) | change)
-    return distill(
-        model, PairDataset(Path(folder) / "pairs"), DistillConfig(n_iter=4), cfg, Path(folder) / "state", fast=fast
-    )
+    what = DistillConfig(n_iter=4)
+    formulation = training_formulation(model, what, cfg) if fast else None
+    pairs = PairDataset(Path(folder) / "pairs")
+    return distill(model, pairs, what, cfg, Path(folder) / "state", formulation=formulation)
 
 
 if __name__ == "__main__":
