@@ -16,19 +16,11 @@ from PIL import Image
 from torch import nn
 
 from get_nb.lab.core import ConfigError, FileError, torch_rng
-from get_nb.lab.files import sha256_file
 from get_nb.lab.images import to_uint8
+from get_nb.lab.files import sha256_file
+from get_nb.lab.perceptual import dists_weights, load_loss, load_vgg16, lpips_weights
+from get_nb.losses import VGG_CHANNELS, get_loss, l2, make_dists, make_lpips
 from get_nb.lab.metrics import InceptionFeatures, compare, load_features, load_statistics, nearest_training
-from get_nb.losses import (
-    CHANNELS,
-    dists_weights,
-    get_loss,
-    load_vgg16,
-    lpips_weights,
-    make_dists,
-    make_lpips,
-    perceptual,
-)
 
 
 @pytest.fixture
