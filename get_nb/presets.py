@@ -10,7 +10,7 @@ import copy
 from dataclasses import asdict
 
 from .equilibrium_get import EquilibriumConfig, EquilibriumGET, check_combination
-from .get import GETConfig, RELEASED_SIZES, TransformerConfig, ViT
+from .get import RELEASED_SIZES, GETConfig, TransformerConfig, ViT
 from .lab.core import ConfigError, build_config, nearest, require
 
 # %% ../nbs/26_presets.ipynb #ab5fb57c

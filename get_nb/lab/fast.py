@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..fixed_point import fixed_point_iter
 from ..equilibrium_get import EquilibriumGET
+from ..fixed_point import fixed_point_iter
 from ..get import ViT
 from ..gradients import normalize_state, unroll, unroll_constant
 from .core import ConfigError, Precision, autocast, require
