@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SINGLE', 'LABELS', 'TASKS', 'MEASURED', 'timed', 'take_turns', 'paired', 'multiplication', 'product_rate',
            'fastest_product', 'keep_memory', 'BenchConfig', 'awake', 'formulations', 'training_step', 'peak_memory',
-           'measure_models', 'measure_solvers', 'measure_teacher', 'demo_store', 'measure_reading', 'run_bench',
-           'bench_notes', 'bench_table', 'bench_to_folder']
+           'measure_models', 'measure_solvers', 'measure_teacher', 'measure_reading', 'run_bench', 'bench_notes',
+           'bench_table', 'bench_to_folder']
 
-# %% ../../nbs/lab/35_bench.ipynb #f1dd23fb
+# %% ../../nbs/lab/35_bench.ipynb #6f5d5e63
 import ctypes
 import shutil
 import statistics
@@ -28,11 +28,12 @@ from ..gradients import unroll
 from .checkpoints import create_model, create_teacher
 from .core import ConfigError, autocast, config, seed_everything, setup
 from .counting import LiveMemory, flops
-from .fast import Compiled, Fast, has_one_dnn, one_dnn
-from .files import save_tensors, sha256_file, write_json
+from .fast import Compiled, Fast
+from .kernels import has_one_dnn, one_dnn
 from .records import Column, cell, save_record, save_table
 from .schedule import ema_update
-from ..pairs import PairDataset, PairsConfig, draw_noise, recipe_of
+from .store import PairDataset, save_pairs
+from ..pairs import draw_noise
 from ..presets import MODELS, with_options
 from ..sampler import heun_sample
 from ..solvers import SOLVERS
@@ -375,21 +376,7 @@ def measure_teacher(cfg: BenchConfig, device) -> dict:
         for row, r in out.items()
     }
 
-# %% ../../nbs/lab/35_bench.ipynb #5c1066cc
-def demo_store(folder: Path, n: int, size: int, shard: int = 2000):
-    "A store of n pairs of random bytes, as room 13_pairs writes it."
-    recipe, shards = recipe_of(PairsConfig(n=n, shape=(3, size, size), teacher="none", shard_size=shard)), []
-    for first in range(0, n, shard):
-        seeds = torch.arange(first, min(first + shard, n))
-        path = folder / f"pairs-{first // shard:05d}.safetensors"
-        image, noise = torch.randn(2, len(seeds), 3, size, size)
-        save_tensors(
-            path, dict(seed=seeds, label=seeds * 0 - 1, image=image, noise=noise), dict(kind="pairs", recipe=recipe)
-        )
-        shards.append(dict(file=path.name, pairs=len(seeds), first_seed=first, sha256=sha256_file(path)))
-    write_json(folder / "manifest.json", dict(kind="pairs", schema=1, recipe=recipe, shards=shards))
-
-
+# %% ../../nbs/lab/35_bench.ipynb #f103e5ec
 def measure_reading(cfg: BenchConfig, batches: int = 40) -> dict:
     """Pairs per second read in random batches of 256, by one thread.
 
@@ -398,7 +385,8 @@ def measure_reading(cfg: BenchConfig, batches: int = 40) -> dict:
     """
     folder, seconds = Path(tempfile.mkdtemp()), dict(reading=[], processor=[])
     try:
-        demo_store(folder, cfg.pairs, cfg.image_size)
+        image, noise = torch.randn(2, cfg.pairs, 3, cfg.image_size, cfg.image_size)
+        save_pairs(folder, noise, image, teacher="none")
         store, rng = PairDataset(folder, verify=False), np.random.default_rng(0)
         for _ in range(batches):
             wall, processor = time.perf_counter(), time.process_time()

@@ -141,7 +141,7 @@ def _pairs():
 @click.argument("folder", type=click.Path())
 def _info(folder):
     "What a folder of pairs holds, as json."
-    from get_nb.pairs import pairs_info
+    from get_nb.lab.store import pairs_info
 
     click.echo(json.dumps(pairs_info(folder), indent=1))
 
@@ -150,9 +150,9 @@ def _info(folder):
 @click.argument("folder", type=click.Path())
 def _verify(folder):
     "Hash every shard again and compare with the manifest."
-    from get_nb.pairs import read_manifest, verify_pairs
+    from get_nb.lab.store import read_pairs_manifest, verify_pairs
 
-    wrong, shards = verify_pairs(folder, afresh=True), len(read_manifest(folder)["shards"])
+    wrong, shards = verify_pairs(folder, afresh=True), len(read_pairs_manifest(folder)["shards"])
     require(not wrong, f"{len(wrong)} of {shards} shards are damaged: {'; '.join(wrong)}", FileError)
     click.echo(f"{folder}: {shards} shards, none damaged")
 
@@ -162,7 +162,7 @@ def _verify(folder):
 @click.argument("folders", nargs=-1, required=True, type=click.Path())
 def _merge(target, folders):
     "Join FOLDERS, of one recipe and different seeds, in the new folder TARGET."
-    from get_nb.pairs import merge_pairs
+    from get_nb.lab.generation import merge_pairs
 
     manifest = merge_pairs(folders, target)
     click.echo(f"{target}: {manifest['recipe']['n']} pairs in {len(manifest['shards'])} shards")
