@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from .timing import fastest_product, keep_memory, paired, product_rate, take_turns, timed
 from pydantic import PositiveInt
 
 from ..distillation import DistillConfig, distill_loss
@@ -28,6 +27,7 @@ from .counting import LiveMemory, flops
 from .fast import Compiled, Fast
 from .schedule import ema_update
 from .store import PairDataset, save_pairs
+from .timing import fastest_product, keep_memory, paired, product_rate, take_turns, timed
 from ..pairs import draw_noise
 from ..presets import MODELS, with_options
 from ..sampler import heun_sample
