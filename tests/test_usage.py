@@ -68,11 +68,11 @@ def test_a_file_that_is_no_record_of_a_benchmark(said, tmp_path, text):
 
 
 def test_a_price_says_what_does_not_fit():
-    from get_nb.lab.scale import price
+    from get_nb.lab.price import price_paper
 
-    assert "Does not fit into 20 GB per GPU: train GET-B/2," in price((1,), memory=2e10) and "not fit" not in price(
-        (1, 8)
-    )
+    assert "Does not fit into 20 GB per GPU: train GET-B/2," in price_paper(
+        (1,), memory=2e10
+    ) and "not fit" not in price_paper((1, 8))
 
 
 @pytest.mark.parametrize(
