@@ -8,7 +8,8 @@ from .lab.files import save_checkpoint as save_checkpoint
 from .lab.metrics import compare as compare, load_features as load_features
 from .lab.imports import import_reference_pairs as import_reference_pairs
 from .lab.released import load_edm_pickle as load_edm_pickle, load_reference_get as load_reference_get
-from .lab.train import TrainConfig as TrainConfig, train as train
+from .lab.schedule import TrainConfig as TrainConfig
+from .lab.train import train as train
 from .pairs import PairDataset as PairDataset, generate_pairs as generate_pairs
 from .sampler import edm_sigmas as edm_sigmas, euler_sample as euler_sample, heun_sample as heun_sample
 from .fixed_point import fixed_point_iter as fixed_point_iter
