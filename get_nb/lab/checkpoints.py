@@ -6,12 +6,12 @@
 __all__ = ['load_checkpoint', 'load_weights', 'create_model', 'create_teacher']
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #58918291
-from ..equilibrium_get import build_model
 from ..kd import create_one_step
 from .classifier import create_classifier
 from .core import ConfigError, FileError, UnsafeFileError, nearest
 from .diffusers import create_diffusers_teacher
 from .files import fit_weights, read_checkpoint
+from ..presets import build_model
 from ..teachers import build_teacher
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #7d0b1973

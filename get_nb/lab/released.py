@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from ..equilibrium_get import MODELS
 from .archives import read_torch, resolve
 from .checkpoints import create_model, create_teacher
 from .core import ConfigError, FileError
 from .files import check_fit, fit_weights
 from .pickles import Node, read_pickle, short
+from ..presets import MODELS
 
 # %% ../../nbs/lab/24_released.ipynb #a5e11964
 def finite_tensors(state, path) -> dict:
