@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..fixed_point import fixed_point_iter
 from ..get import GET, ViT
-from ..gradients import normalize_state, unroll, unroll_constant
+from ..gradients import unroll, unroll_constant
+from ..jacobian import normalize_state
 from .core import ConfigError, Precision, autocast
 from ..layers import unpatchify
 
