@@ -12,7 +12,7 @@ from .distillation import DistillConfig, distill_loss
 from .gdd import GDD, GanConfig, train_gan
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices
-from .pairs import PairDataset
+from .lab.store import PairDataset
 
 # %% ../nbs/46_hybrid.ipynb #0d0c38e6
 def pairs_term(pairs: PairDataset, cfg: DistillConfig, weight: float, batch_size: int, seed: int):

@@ -66,12 +66,12 @@ def copy_denoiser(teacher):
     student.load_state_dict(teacher.state_dict())
     return student
 
-# %% ../nbs/40_kd.ipynb #42867a85
+# %% ../nbs/40_kd.ipynb #444c9481
 def create_one_step(name: str, *, sigma_max: float = 80.0, **kw):
     """A one-step generator with fresh weights; checkpoints of kind "one-step" are rebuilt by it.
 
     Args:
-        name: a key of get_nb.unet.TEACHERS
+        name: a key of get_nb.teachers.TEACHERS
         sigma_max: noise level of the one evaluation
         **kw: num_classes, image_size, channels and overrides, as for build_teacher
 

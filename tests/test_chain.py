@@ -309,6 +309,7 @@ def test_ctrl_c_ends_at_once_and_leaves_no_kernel(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's `&` has it ignored
     )
     while "running" not in process.stdout.readline():
         assert process.poll() is None

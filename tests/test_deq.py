@@ -197,7 +197,7 @@ e, y = torch.randn(4, 1, 4, 4, generator=torch_rng("e")), torch.arange(4) % 3
 for how in (dict(), dict(constant_memory=True), dict(gradient="phantom", phantom_steps=2), dict(gradient="implicit", state="normalized", solver="anderson", adjoint_tol=0.),
             dict(weight_norm="weight"), dict(gradient="implicit", state="normalized", weight_norm="spectral", adjoint_tol=0.), dict(injection="adaln"), dict(shared=False)):
     torch.manual_seed(0)
-    model = create_model("GET-digits/2", num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1, **how)
+    model = build_model("GET-digits/2", num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1, **how)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=.3, generator=torch_rng("w"))
     alone = Student(copy.deepcopy(model))
     (alone(e[:2], y[:2]) / 2 + alone(e[2:], y[2:]) / 2).backward() if "spectral" not in how.values() else alone(e[2*rank:][:2], y[2*rank:][:2]).backward()

@@ -9,7 +9,8 @@ import torch
 from conftest import ROOT, get_nb
 from get_nb.lab.core import ConfigError, seed_everything
 from get_nb.lab.data import load_data
-from get_nb.discriminator import ClassifierPyramid, Discriminator, DiscriminatorConfig, Head, TimmPyramid
+from get_nb.discriminator import ClassifierPyramid, Discriminator, DiscriminatorConfig, Head
+from get_nb.lab.backbones import load_backbone
 from get_nb.distillation import DistillConfig
 from get_nb.evaluation import cost, family, training_cost
 from get_nb.lab.checkpoints import load_checkpoint
@@ -21,7 +22,9 @@ from get_nb.hybrid import refine
 from get_nb.kd import OneStep, copy_denoiser, create_one_step
 from get_nb.lab.classifier import create_classifier
 from get_nb.lab.checkpoints import create_model
-from get_nb.pairs import PairDataset, PairsConfig, generate_pairs
+from get_nb.lab.generation import generate_pairs
+from get_nb.lab.store import PairDataset
+from get_nb.pairs import PairsConfig
 from get_nb.progressive import ProgressiveConfig, distill_progressively
 from get_nb.lab.profiles import load_profile
 from get_nb.lab.schedule import TrainConfig
@@ -233,18 +236,18 @@ def test_a_backbone_takes_local_weights_and_refuses_missing_and_damaged_ones(tmp
     name = "tf_efficientnet_lite0"
     full = timm.create_model(name)
     save_file(full.state_dict(), tmp_path / f"{name}.safetensors")
-    net = TimmPyramid(name, tmp_path, resolution=32).net
+    net = load_backbone(name, tmp_path, resolution=32).net
     assert torch.equal(next(net.parameters()), full.conv_stem.weight) and not any(
         p.requires_grad for p in net.parameters()
     )
     for bad in (b"", (tmp_path / f"{name}.safetensors").read_bytes()[:-1000]):
         (tmp_path / f"{name}.safetensors").write_bytes(bad)
         with pytest.raises(FileError, match=f"{name}.safetensors: cannot be loaded"):
-            TimmPyramid(name, tmp_path)
+            load_backbone(name, tmp_path)
     with pytest.raises(FileError, match="vgg16_bn.safetensors: no such file"):
-        TimmPyramid("vgg16_bn", tmp_path)
+        load_backbone("vgg16_bn", tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'vgg16_bn'"):
-        TimmPyramid("vgg16", tmp_path)
+        load_backbone("vgg16", tmp_path)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 7, 8, 14, 56])

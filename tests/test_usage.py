@@ -68,11 +68,11 @@ def test_a_file_that_is_no_record_of_a_benchmark(said, tmp_path, text):
 
 
 def test_a_price_says_what_does_not_fit():
-    from get_nb.lab.scale import price
+    from get_nb.lab.price import price_paper
 
-    assert "Does not fit into 20 GB per GPU: train GET-B/2," in price((1,), memory=2e10) and "not fit" not in price(
-        (1, 8)
-    )
+    assert "Does not fit into 20 GB per GPU: train GET-B/2," in price_paper(
+        (1,), memory=2e10
+    ) and "not fit" not in price_paper((1, 8))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +179,16 @@ def test_a_launched_notebook_with_wrong_parameters(said, tmp_path, monkeypatch, 
 )
 def test_redraw_goes_with_nothing_that_chooses_stages(said, other):
     assert f"not with {other[0]}" in said(cli.main, "reproduce", "--root", ROOT, "--redraw", *other)
+
+
+@pytest.mark.parametrize("other", [["--group", "a"], ["--keep"]])
+def test_what_is_redrawn_is_published_as_a_whole(said, other):
+    assert f"not with {other[0]}" in said(cli.main, "publish", "--root", ROOT, "--redrawn", *other)
+
+
+def test_nothing_is_published_before_it_is_redrawn(said, tmp_path):
+    line = said(cli.main, "publish", "--root", ROOT, "--profile", "cpu", "--redrawn", "--runs", tmp_path)
+    assert "is not redrawn (not run yet)" in line and "--redraw" in line
 
 
 @pytest.mark.parametrize("command", ["stages", "reproduce"])

@@ -118,7 +118,7 @@ class Stage:
         "Names of all stages that must have finished before."
         return [*self.inputs.values(), *self.records]
 
-# %% ../../nbs/lab/28_profiles.ipynb #1052d89a
+# %% ../../nbs/lab/28_profiles.ipynb #1b8473d7
 WIRING = {"out", "inputs", "rows", "records"}  # parameters that the runner fills in
 
 
