@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import ROOT
 from get_nb.lab.core import ConfigError, seed_everything, torch_rng
-from get_nb.gradients import correction_weights, equilibrium, implicit, supervised, unroll, unroll_constant
+from get_nb.distillation import correction_weights
+from get_nb.gradients import equilibrium, implicit, supervised, unroll, unroll_constant
 from get_nb.lab.graph import gate
 from get_nb.distillation import DistillConfig, distill_loss
 from get_nb.jacobian import jacobian_penalty, spectral_radius

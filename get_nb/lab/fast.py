@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..equilibrium_get import EquilibriumGET
 from ..fixed_point import fixed_point_iter
-from ..get import GET, ViT
+from ..get import ViT
 from ..gradients import unroll, unroll_constant
 from ..jacobian import normalize_state
-from .core import ConfigError, Precision, autocast
+from .core import ConfigError, Precision, autocast, require
+from .kernels import attention, fused_mlp, pack_weight, product
 from ..layers import unpatchify
 
 # %% ../../nbs/lab/27_fast.ipynb #d14a1e8e
