@@ -17,7 +17,8 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 from get_nb.evaluation import EvalConfig, generate, measure, training_cost
 from get_nb.lab.evaluate import sample_to_file, sampling_formulation, training_formulation
 from get_nb.lab.images import to_uint8
-from get_nb.lab.fast import Compiled, Fast, Linear, attention
+from get_nb.lab.fast import Compiled, Fast
+from get_nb.lab.kernels import LinearFunction, attention
 from get_nb.lab.files import save_checkpoint
 from get_nb.presets import with_options
 from get_nb.lab.checkpoints import create_model
@@ -130,7 +131,7 @@ def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, wide, bias
         return (torch.nn.functional.gelu(x) if gelu else x) @ w.T + b * bias + a * add
 
     def ours():
-        return Linear.apply(
+        return LinearFunction.apply(
             x.to(dtype), w.to(dtype), b.to(dtype) if bias else None, a.to(dtype) if add else None, gelu
         ).float()
 

@@ -15,9 +15,8 @@ from conftest import ROOT
 from PIL import Image
 from torch import nn
 
-from get_nb.lab.core import ConfigError, torch_rng
+from get_nb.lab.core import ConfigError, FileError, torch_rng
 from get_nb.lab.images import to_uint8
-from get_nb.lab.core import FileError
 from get_nb.lab.files import sha256_file
 from get_nb.lab.perceptual import dists_weights, load_loss, load_vgg16, lpips_weights
 from get_nb.losses import VGG_CHANNELS, get_loss, l2, make_dists, make_lpips
@@ -250,23 +249,20 @@ def test_precision_and_recall_hold_a_few_rows_of_distances_and_say_what_all_at_o
         dict(features=torch.randn(n, 8, generator=torch_rng(n)), logits=torch.randn(n, 3, generator=torch_rng(n)))
         for n in (300, 200)
     )
-    network = type(
-        "Network",
-        (),
-        dict(
-            device="cpu",
-            reference=lambda self, x: dict(
-                features=b["features"], statistics=metrics.fid_features_to_statistics(b["features"])
-            ),
-        ),
-    )()
+
+    class Network:
+        device = "cpu"
+
+        def reference(self, images):
+            return dict(features=b["features"], statistics=metrics.fid_features_to_statistics(b["features"]))
+
     seen, cdist = [], torch.cdist
     monkeypatch.setattr(torch, "cdist", lambda x, y: seen.append(len(x) * len(y)) or cdist(x, y))
     whole = prc_features_to_metric(a["features"], b["features"], save_cpu_ram=False, verbose=False)
     assert max(seen) == 300 * 300
     seen.clear()
     monkeypatch.setattr(metrics, "DISTANCES", 6000)
-    out = compare(a, torch.zeros(1), network)
+    out = compare(a, torch.zeros(1), Network())
     assert max(seen) <= 6000 and (out["precision"], out["recall"]) == (whole["precision"], whole["recall"])
 
 

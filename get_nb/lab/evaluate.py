@@ -21,7 +21,7 @@ from ..get import GET, ViT
 from .checkpoints import load_checkpoint
 from .core import ConfigError, progress, require, setup
 from .data import load_data
-from .fast import Fast, only
+from .fast import Fast, require_options
 from .figures import image_grid
 from .files import atomic_path
 from .images import to_uint8
@@ -50,7 +50,7 @@ def training_formulation(model, cfg: DistillConfig, train_cfg: TrainConfig) -> F
     require(not penalties, "fast: residual and jacobian penalties need the model's own trajectory; leave fast out")
     mode = train_cfg.compile
     require(mode in ("", "default"), f"fast: compiled in mode 'default' only, not {mode!r}")
-    only(model, gradient="unrolled")
+    require_options(model, gradient="unrolled")
     return Fast(model, train_cfg.precision, bool(mode))
 
 
