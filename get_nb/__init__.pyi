@@ -1,17 +1,19 @@
 from .distillation import DistillConfig as DistillConfig, distill as distill
 from .evaluation import EvalConfig as EvalConfig, evaluate as evaluate
+from .fixed_point import fixed_point_iter as fixed_point_iter
 from .gradients import equilibrium as equilibrium, unroll as unroll, unroll_constant as unroll_constant
 from .lab.checkpoints import create_model as create_model, create_teacher as create_teacher, load_checkpoint as load_checkpoint
 from .lab.core import ConfigError as ConfigError, FileError as FileError, UnsafeFileError as UnsafeFileError
 from .lab.data import load_data as load_data
 from .lab.files import save_checkpoint as save_checkpoint
-from .lab.metrics import compare as compare, load_features as load_features
+from .lab.generation import generate_pairs as generate_pairs
 from .lab.imports import import_reference_pairs as import_reference_pairs
+from .lab.metrics import compare as compare, load_features as load_features
 from .lab.released import load_edm_pickle as load_edm_pickle, load_reference_get as load_reference_get
-from .lab.train import TrainConfig as TrainConfig, train as train
-from .pairs import PairDataset as PairDataset, generate_pairs as generate_pairs
+from .lab.store import PairDataset as PairDataset, save_pairs as save_pairs
+from .lab.schedule import TrainConfig as TrainConfig
+from .lab.train import train as train
 from .sampler import edm_sigmas as edm_sigmas, euler_sample as euler_sample, heun_sample as heun_sample
-from .fixed_point import fixed_point_iter as fixed_point_iter
 from .solvers import anderson as anderson, broyden as broyden, solve as solve
 
 __version__: str

@@ -12,7 +12,7 @@ from .distillation import DistillConfig, distill_loss
 from .gdd import GanConfig, train_gan
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices
-from .pairs import PairDataset
+from .lab.store import PairDataset
 
 # %% ../nbs/46_hybrid.ipynb #3e5331c0
 def pairs_term(pairs: PairDataset, cfg: DistillConfig, weight: float, batch_size: int, seed: int):

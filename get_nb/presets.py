@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'build_model', 'with_options']
 
-# %% ../nbs/26_presets.ipynb #a8ceb5d8
+# %% ../nbs/26_presets.ipynb #433682f5
 import copy
 from dataclasses import asdict
 

@@ -10,7 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conftest import ROOT
 from get_nb.lab.core import ConfigError, seed_everything, torch_rng
-from get_nb.gradients import correction_weights, equilibrium, gate, implicit, supervised, unroll, unroll_constant
+from get_nb.distillation import correction_weights
+from get_nb.gradients import equilibrium, implicit, supervised, unroll, unroll_constant
+from get_nb.lab.graph import gate
 from get_nb.distillation import DistillConfig, distill_loss
 from get_nb.jacobian import jacobian_penalty, spectral_radius
 from get_nb.losses import l1
@@ -187,7 +189,7 @@ DDP = """
 import copy, os, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from get_nb.lab.core import torch_rng
-from get_nb.equilibrium_get import create_model
+from get_nb.lab.checkpoints import create_model
 dist.init_process_group("gloo"); rank = dist.get_rank()
 class Student(torch.nn.Module):
     def __init__(self, model): super().__init__(); self.model = model
@@ -196,7 +198,7 @@ e, y = torch.randn(4, 1, 4, 4, generator=torch_rng("e")), torch.arange(4) % 3
 for how in (dict(), dict(constant_memory=True), dict(gradient="phantom", phantom_steps=2), dict(gradient="implicit", state="normalized", solver="anderson", adjoint_tol=0.),
             dict(weight_norm="weight"), dict(gradient="implicit", state="normalized", weight_norm="spectral", adjoint_tol=0.), dict(injection="adaln"), dict(shared=False)):
     torch.manual_seed(0)
-    model = create_model("GET-digits/2", num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1, **how)
+    model = build_model("GET-digits/2", num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1, **how)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=.3, generator=torch_rng("w"))
     alone = Student(copy.deepcopy(model))
     (alone(e[:2], y[:2]) / 2 + alone(e[2:], y[2:]) / 2).backward() if "spectral" not in how.values() else alone(e[2*rank:][:2], y[2*rank:][:2]).backward()

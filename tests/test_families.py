@@ -22,7 +22,9 @@ from get_nb.hybrid import refine
 from get_nb.kd import OneStep, copy_denoiser, create_one_step
 from get_nb.lab.classifier import create_classifier
 from get_nb.lab.checkpoints import create_model
-from get_nb.pairs import PairDataset, PairsConfig, generate_pairs
+from get_nb.lab.generation import generate_pairs
+from get_nb.lab.store import PairDataset
+from get_nb.pairs import PairsConfig
 from get_nb.progressive import ProgressiveConfig, distill_progressively
 from get_nb.lab.profiles import load_profile
 from get_nb.lab.schedule import TrainConfig

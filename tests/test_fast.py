@@ -12,9 +12,13 @@ import torch
 import toy
 from get_nb.lab.core import ConfigError, seed_everything, torch_rng
 from get_nb.lab.counting import LiveMemory
-from get_nb.distillation import DistillConfig, distill, distill_loss
-from get_nb.evaluation import cost, generate, sample_to_file, training_cost
-from get_nb.lab.fast import Compiled, Fast, Linear, attention
+from get_nb.distillation import DistillConfig, distill_loss
+from torch_fidelity.metric_fid import fid_features_to_statistics
+from get_nb.evaluation import EvalConfig, generate, measure, training_cost
+from get_nb.lab.evaluate import sample_to_file, sampling_formulation, training_formulation
+from get_nb.lab.images import to_uint8
+from get_nb.lab.fast import Compiled, Fast
+from get_nb.lab.kernels import LinearFunction, attention
 from get_nb.lab.files import save_checkpoint
 from get_nb.presets import with_options
 from get_nb.lab.checkpoints import create_model
@@ -127,7 +131,7 @@ def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, wide, bias
         return (torch.nn.functional.gelu(x) if gelu else x) @ w.T + b * bias + a * add
 
     def ours():
-        return Linear.apply(
+        return LinearFunction.apply(
             x.to(dtype), w.to(dtype), b.to(dtype) if bias else None, a.to(dtype) if add else None, gelu
         ).float()
 
@@ -271,20 +275,11 @@ def test_two_processes_take_the_fast_steps_of_one(toy_pairs, tmp_path):
         (dict(weight_norm="weight"), {}, {}, "weight_norm = 'none' only"),
     ],
 )
-def test_what_cannot_be_trained_fast_is_refused_in_one_line_before_anything_is_written(
-    toy_pairs, tmp_path, student, loss, train, said
-):
+def test_what_cannot_be_trained_fast_is_refused_in_one_line_before_training_starts(student, loss, train, said):
     model = create_model("GET-digits/2", num_classes=10, image_size=8, channels=1, **student)
     with pytest.raises(ConfigError) as e:
-        distill(
-            model,
-            toy.PairDataset(toy_pairs / "pairs"),
-            DistillConfig(**loss),
-            TrainConfig(steps=1, **train),
-            tmp_path / "state",
-            fast=True,
-        )
-    assert said in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "state").exists()
+        training_formulation(model, DistillConfig(**loss), TrainConfig(steps=1, **train))
+    assert said in str(e.value) and "\n" not in str(e.value)
 
 
 def test_a_solver_that_the_fast_path_lacks_is_refused_when_sampling():
@@ -323,14 +318,35 @@ def test_constant_memory_has_the_same_gradients_and_half_the_references_memory()
     assert peak["half"] <= 0.5 * peak["reference"], peak
 
 
+class Pixels:
+    "Stands in for a feature network: four pixels."
+
+    kind = "other"
+
+    def __call__(self, images):
+        return dict(features=images.flatten(1)[:, :4].double(), logits=torch.zeros(len(images), 10))
+
+    def reference(self, images):
+        return dict(statistics=fid_features_to_statistics(self(images)["features"]))
+
+
 def test_sampling_in_bf16_changes_images_a_little_and_counted_cost_not_at_all(tmp_path):
     student, teacher = awake(), create_teacher("unet-shapes", num_classes=10, image_size=8, base=16).eval()
     noise, labels = batch(student)
     for model in (student, awake("ViT-S/2"), teacher):
         how = dict(num_steps=3) if isinstance(model, EDMPrecond) else {}
-        image, other = (generate(model, noise, labels, precision=p, **how) for p in ("float32", "bf16"))
+        fast = sampling_formulation(model, "bf16")
+        assert isinstance(fast, Fast) == (model is not teacher) and sampling_formulation(model, "float32") is None
+        image = generate(model, noise, labels, **how)
+        other = generate(model, noise, labels, precision="bf16", formulation=fast, **how)
         assert other.dtype == torch.float32 and 0 < (other - image).abs().mean() < 0.05 * image.std()
-        assert cost(model, precision="bf16", **how) == cost(model, **how)
+    results = []
+    for p in ("float32", "bf16"):
+        cfg, real = EvalConfig(samples=20, precision=p), to_uint8(noise)
+        fast = sampling_formulation(student, p)
+        results.append(measure(student, cfg, real, real, Pixels(), how={}, only_fd=True, formulation=fast)[0])
+    assert "precision" not in results[0] and results[1]["precision"] == "bf16"
+    assert all(results[0][k] == results[1][k] for k in ("evaluations", "gmac", "parameters"))
     save_checkpoint(tmp_path / "g.safetensors", student)
     for p in ("float32", "bf16"):
         sample_to_file(tmp_path / "g.safetensors", tmp_path / f"{p}.npz", 4, precision=p)

@@ -21,7 +21,8 @@ from get_nb.lab.checkpoints import load_checkpoint
 from get_nb.lab.core import FileError
 from get_nb.lab.folders import load_cifar10, load_folder
 from get_nb.lab.checkpoints import create_model
-from get_nb.pairs import PairDataset, merge_pairs
+from get_nb.lab.generation import merge_pairs
+from get_nb.lab.store import PairDataset
 from get_nb.sampler import edm_sigmas, heun_sample
 from get_nb.lab.checkpoints import create_teacher
 from get_nb.lab.diffusers import load_diffusers

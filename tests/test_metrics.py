@@ -15,20 +15,11 @@ from conftest import ROOT
 from PIL import Image
 from torch import nn
 
-from get_nb.lab.core import ConfigError, torch_rng
+from get_nb.lab.core import ConfigError, FileError, torch_rng
 from get_nb.lab.images import to_uint8
-from get_nb.lab.core import FileError
 from get_nb.lab.files import sha256_file
-from get_nb.losses import (
-    CHANNELS,
-    dists_weights,
-    get_loss,
-    load_vgg16,
-    lpips_weights,
-    make_dists,
-    make_lpips,
-    perceptual,
-)
+from get_nb.lab.perceptual import dists_weights, load_loss, load_vgg16, lpips_weights
+from get_nb.losses import VGG_CHANNELS, get_loss, l2, make_dists, make_lpips
 from get_nb.lab.metrics import InceptionFeatures, compare, load_features, load_statistics, nearest_training
 
 
@@ -258,23 +249,20 @@ def test_precision_and_recall_hold_a_few_rows_of_distances_and_say_what_all_at_o
         dict(features=torch.randn(n, 8, generator=torch_rng(n)), logits=torch.randn(n, 3, generator=torch_rng(n)))
         for n in (300, 200)
     )
-    network = type(
-        "Network",
-        (),
-        dict(
-            device="cpu",
-            reference=lambda self, x: dict(
-                features=b["features"], statistics=metrics.fid_features_to_statistics(b["features"])
-            ),
-        ),
-    )()
+
+    class Network:
+        device = "cpu"
+
+        def reference(self, images):
+            return dict(features=b["features"], statistics=metrics.fid_features_to_statistics(b["features"]))
+
     seen, cdist = [], torch.cdist
     monkeypatch.setattr(torch, "cdist", lambda x, y: seen.append(len(x) * len(y)) or cdist(x, y))
     whole = prc_features_to_metric(a["features"], b["features"], save_cpu_ram=False, verbose=False)
     assert max(seen) == 300 * 300
     seen.clear()
     monkeypatch.setattr(metrics, "DISTANCES", 6000)
-    out = compare(a, torch.zeros(1), network)
+    out = compare(a, torch.zeros(1), Network())
     assert max(seen) <= 6000 and (out["precision"], out["recall"]) == (whole["precision"], whole["recall"])
 
 
@@ -305,7 +293,7 @@ def vgg_state():
 def test_lpips_and_dists_are_piq_s_own_on_the_same_weights(monkeypatch, vgg_state):
     import piq
 
-    alpha, beta = (torch.rand(1, 3 + sum(CHANNELS), 1, 1, generator=torch_rng(i)) for i in "ab")
+    alpha, beta = (torch.rand(1, 3 + sum(VGG_CHANNELS), 1, 1, generator=torch_rng(i)) for i in "ab")
     total = alpha.sum() + beta.sum()
     weights = dict(alpha=alpha / total, beta=beta / total)
     monkeypatch.setattr("piq.perceptual.vgg16", lambda **kw: type("Net", (), dict(features=load_vgg16(vgg_state))))
@@ -322,10 +310,10 @@ def test_lpips_and_dists_are_piq_s_own_on_the_same_weights(monkeypatch, vgg_stat
 
 
 def test_perceptual_losses_say_what_they_need(no_network, monkeypatch):
-    perceptual.cache_clear()
+    load_loss.cache_clear()
     for name, file in (("lpips", "vgg16-397923af.pth"), ("dists", "dists_weights.pt")):
         with pytest.raises(FileError, match=file):
-            get_loss(name)
+            load_loss(name)
     for state in (
         {},
         dict(alpha=torch.ones(1, 3, 1, 1), beta=torch.ones(1)),
@@ -335,7 +323,41 @@ def test_perceptual_losses_say_what_they_need(no_network, monkeypatch):
             dists_weights(state)
     monkeypatch.setitem(sys.modules, "piq", None)
     with pytest.raises(ConfigError, match=r"get_nb\[perceptual\]"):
-        get_loss("lpips")
+        load_loss("lpips")
+
+
+def test_a_loss_that_needs_files_names_the_function_that_reads_them():
+    for name in ("lpips", "dists"):
+        with pytest.raises(ConfigError, match=rf"get_nb.lab.perceptual.load_loss\('{name}'\)"):
+            get_loss(name)
+    assert load_loss("l2") is get_loss("l2") is l2
+    with pytest.raises(ConfigError, match="did you mean 'lpips'"):
+        load_loss("lpip")
+
+
+def test_distillation_minimises_the_distance_that_is_handed_in(vgg_state):
+    from get_nb.distillation import DistillConfig, distill_loss
+    from get_nb.evaluation import training_cost
+
+    lpips = make_lpips(load_vgg16(vgg_state), lpips_weights())
+
+    class Half(nn.Module):
+        config = dict(channels=1, image_size=8, num_classes=0)
+
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.5))
+
+        def unrolled(self, noise, labels):
+            return [self.scale * noise]
+
+    model, noise, cfg = Half(), torch.randn(1, 1, 8, 8, generator=torch_rng("handed in")), DistillConfig(loss="lpips")
+    with pytest.raises(ConfigError, match="load_loss"):
+        distill_loss(model, noise, None, noise, cfg)
+    loss = distill_loss(model, noise, None, noise, cfg, distance=lpips)
+    assert loss == lpips(0.5 * noise, noise) > 0
+    counted = [training_cost(model, c, 1, d)["train_gflop"] for c, d in ((cfg, lpips), (DistillConfig(), None))]
+    assert counted[0] > 90 > counted[1]  # three passes of VGG16 forward and one backward, at 31 GFLOP each
 
 
 def test_two_processes_measure_what_one_does(tmp_path):

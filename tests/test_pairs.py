@@ -9,14 +9,16 @@ import time
 import numpy as np
 import pytest
 import torch
-
 import toy
-from get_nb.lab.cli import pairs
+from test_engine import fork, full_disk, start
+
+from get_nb.lab import store
 from get_nb.lab.cli import main
 from get_nb.lab.core import FileError
 from get_nb.lab.files import load_tensors
-from get_nb.pairs import PairDataset, draw_noise, merge_pairs, read_manifest, verify_pairs
-from test_engine import fork, full_disk, start
+from get_nb.lab.generation import merge_pairs
+from get_nb.lab.store import PairDataset, read_pairs_manifest, verify_pairs
+from get_nb.pairs import draw_noise
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def test_two_workers_one_of_them_killed_make_what_one_makes(whole, tmp_path):
     one.kill()
     two.join(600)
     assert two.exitcode == 0 and len(kept) < 12
-    assert shards(tmp_path) == shards(whole) and read_manifest(tmp_path) == read_manifest(whole)
+    assert shards(tmp_path) == shards(whole) and read_pairs_manifest(tmp_path) == read_pairs_manifest(whole)
     assert all((tmp_path / name).stat().st_mtime_ns == t for name, t in kept.items())  # finished shards are not touched
 
 
@@ -147,7 +149,8 @@ def test_a_folder_that_vanishes_is_named(tmp_path):
             folder.exists() and folder.rename(tmp_path / "gone")
             return super().forward(x, sigma, labels)
 
-    from get_nb.pairs import PairsConfig, generate_pairs
+    from get_nb.lab.generation import generate_pairs
+    from get_nb.pairs import PairsConfig
 
     folder = tmp_path / "pairs"
     with pytest.raises(FileError, match="vanished"):
@@ -164,7 +167,7 @@ def test_another_recipe_is_refused_before_anything_is_made(copy):
 
 def test_more_shards_than_may_be_open_are_read_in_any_order(tmp_path, monkeypatch):
     n, most = 60, 20
-    monkeypatch.setattr(pairs, "OPEN", most)
+    monkeypatch.setattr(store, "_MOST_OPEN", most)
     toy.make(tmp_path, n=n, shard_size=1, num_steps=1)
     data, order = PairDataset(tmp_path), np.random.default_rng(0).permutation(n)
     batch = data.batch(order)
@@ -177,7 +180,7 @@ def test_the_command_line_informs_verifies_and_merges(whole, tmp_path, capsys):
     code, out, _ = command(capsys, "info", whole)
     assert code == 0 and json.loads(out)["pairs"] == 120 and json.loads(out)["missing"] == 0
     code, out, _ = command(capsys, "verify", whole)
-    assert code == 0 and "12 shards, all whole" in out
+    assert code == 0 and "12 shards, none damaged" in out
     code, out, _ = command(capsys, "merge", tmp_path / "both", tmp_path / "more", whole)
     assert code == 0 and "150 pairs in 15 shards" in out
     both = PairDataset(tmp_path / "both")

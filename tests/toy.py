@@ -17,9 +17,11 @@ from get_nb.lab.data import load_data
 from get_nb.lab.classifier import create_classifier
 from get_nb.teachers import build_teacher
 from get_nb.distillation import DistillConfig, distill
-from get_nb.lab.files import save_tensors, sha256_file, write_json
 from get_nb.lab.checkpoints import create_model
-from get_nb.pairs import PairDataset, PairsConfig, generate_pairs, recipe_of
+from get_nb.lab.evaluate import training_formulation
+from get_nb.lab.generation import generate_pairs
+from get_nb.lab.store import PairDataset, save_pairs
+from get_nb.pairs import PairsConfig
 from get_nb.lab.schedule import TrainConfig, batch_indices
 from get_nb.lab.train import train
 
@@ -95,25 +97,9 @@ def make(folder, pause=0.0, **change):
 
 def learnable(folder, n=120):
     "Pairs that a student can learn at once: each image is its noise, squashed and shifted by its class."
-    folder.mkdir(parents=True)
     noise, label = torch.randn((n, 1, 8, 8), generator=torch_rng("learnable")), torch.arange(n) % 10
     image = (noise + (label.view(-1, 1, 1, 1) - 4.5) / 3).tanh()
-    path, recipe = (
-        folder / "pairs-00000.safetensors",
-        recipe_of(PairsConfig(n=n, num_classes=10, shape=(1, 8, 8), teacher="learnable")),
-    )
-    save_tensors(
-        path, dict(seed=torch.arange(n), label=label, image=image, noise=noise), dict(kind="pairs", recipe=recipe)
-    )
-    write_json(
-        folder / "manifest.json",
-        dict(
-            kind="pairs",
-            schema=1,
-            recipe=recipe,
-            shards=[dict(file=path.name, pairs=n, first_seed=0, sha256=sha256_file(path))],
-        ),
-    )
+    save_pairs(folder, noise, image, label, num_classes=10, teacher="learnable")
 
 
 def student(folder, fast=False, name="GET-digits/2", options=None, **change):
@@ -121,9 +107,10 @@ def student(folder, fast=False, name="GET-digits/2", options=None, **change):
     seed_everything(0, name)
     model = create_model(name, num_classes=10, image_size=8, channels=1, dim=32, depth=1, **(options or {}))
     cfg = TrainConfig(**CONFIG | dict(lr=1e-3, batch_size=16, checkpoint_every=25) | change)
-    return distill(
-        model, PairDataset(Path(folder) / "pairs"), DistillConfig(n_iter=4), cfg, Path(folder) / "state", fast=fast
-    )
+    what = DistillConfig(n_iter=4)
+    formulation = training_formulation(model, what, cfg) if fast else None
+    pairs = PairDataset(Path(folder) / "pairs")
+    return distill(model, pairs, what, cfg, Path(folder) / "state", formulation=formulation)
 
 
 if __name__ == "__main__":

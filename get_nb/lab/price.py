@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from .costs import stage_cost, student_cost, teacher_cost
 from pydantic import Field
 
 from ..get import GETConfig
 from .core import ConfigError, FileError, build_config, config, find_root
+from .costs import stage_cost, student_cost, teacher_cost
 from .records import cpu_name, table_markdown
 from ..presets import MODELS
 from ..teachers import TEACHERS

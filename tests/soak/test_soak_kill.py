@@ -21,7 +21,9 @@ sys.path.insert(0, str(HERE.parent))
 import toy  # noqa: E402
 from get_nb.lab.core import FileError  # noqa: E402
 from get_nb.lab.files import load_tensors  # noqa: E402
-from get_nb.pairs import PairDataset, PairsConfig, generate_pairs, read_manifest, verify_pairs  # noqa: E402
+from get_nb.lab.generation import generate_pairs  # noqa: E402
+from get_nb.lab.store import PairDataset, read_pairs_manifest, verify_pairs  # noqa: E402
+from get_nb.pairs import PairsConfig  # noqa: E402
 from get_nb.lab.state import checkpoints  # noqa: E402
 
 SEED = int(os.environ.get("SOAK_SEED", 0))
@@ -229,7 +231,7 @@ def test_reading_speed_and_memory_are_measured(tmp_path):
             PairsConfig(n=n // part, num_classes=10, shape=(1, 4, 4), num_steps=1, teacher="free"),
         )
         used.append(memory())
-    assert len(read_manifest(tmp_path / "part1")["shards"]) == -(-n // 2000)
+    assert len(read_pairs_manifest(tmp_path / "part1")["shards"]) == -(-n // 2000)
     data = PairDataset(tmp_path / "part1")
     for k in range(2000):
         data.batch(rng.integers(0, n, 256))
