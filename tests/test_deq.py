@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from conftest import ROOT
 from get_nb.lab.core import ConfigError, seed_everything, torch_rng
 from get_nb.distillation import correction_weights
-from get_nb.gradients import equilibrium, gate, implicit, supervised, unroll, unroll_constant
+from get_nb.gradients import equilibrium, implicit, supervised, unroll, unroll_constant
+from get_nb.lab.graph import gate
 from get_nb.distillation import DistillConfig, distill_loss
 from get_nb.jacobian import jacobian_penalty, spectral_radius
 from get_nb.get import GET, GETConfig
@@ -189,7 +190,7 @@ DDP = """
 import copy, os, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from get_nb.lab.core import torch_rng
-from get_nb.presets import build_model
+from get_nb.lab.checkpoints import create_model
 dist.init_process_group("gloo"); rank = dist.get_rank()
 class Student(torch.nn.Module):
     def __init__(self, model): super().__init__(); self.model = model
