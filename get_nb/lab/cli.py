@@ -184,7 +184,8 @@ _COUNT = click.IntRange(1)
 @click.option("--out", default="runs/bench", show_default=True, type=click.Path(file_okay=False), help="Folder.")
 def _bench(out, device, threads, tasks, **fields):
     "The released formulation against ours: one table of speed and memory."
-    from get_nb.lab.bench import BenchConfig, bench_to_folder
+    from get_nb.lab.bench import BenchConfig
+    from get_nb.lab.bench_table import bench_to_folder
 
     cfg = BenchConfig(**fields, **({"tasks": tasks} if tasks else {}))
     click.echo(bench_to_folder(out, cfg, device, threads))
