@@ -15,6 +15,7 @@ from get_nb.gradients import equilibrium, implicit, supervised, unroll, unroll_c
 from get_nb.lab.graph import gate
 from get_nb.distillation import DistillConfig, distill_loss
 from get_nb.jacobian import jacobian_penalty, spectral_radius
+from get_nb.get import GET, GETConfig
 from get_nb.losses import l1
 from get_nb.presets import with_options
 from get_nb.lab.checkpoints import create_model
@@ -352,6 +353,20 @@ def test_the_default_loss_is_the_released_one_to_the_bit():
     ours = distill_loss(model, noise, labels, target, DistillConfig(n_iter=4))
     theirs = sum(w * l1(x, target) for w, x in zip([0.8**3, 0.8**2, 0.8, 1.0], model.unrolled(noise, labels, n_iter=4)))
     assert torch.equal(ours, theirs)
+
+
+def test_the_loss_unrolls_the_released_get_as_often_as_it_is_told():
+    torch.manual_seed(0)
+    cfg = GETConfig(dim=8, heads=2, depth=1, deq_depth=1, deq_mlp_ratio=4.0)
+    model, (noise, labels) = GET(cfg, 3, 4, 1).double(), batch()
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    target = torch.ones_like(noise)
+    for what, chosen in ((DistillConfig(n_iter=3), (1, 2, 3)), (DistillConfig(n_iter=3, supervise=(1, -1)), (1, 3))):
+        torch.manual_seed(1)  # of z0
+        ours = distill_loss(model, noise, labels, target, what)
+        torch.manual_seed(1)
+        images = model.unrolled(noise, labels, n_iter=3)
+        assert torch.allclose(ours, sum(0.8 ** (3 - k) * l1(images[k - 1], target) for k in chosen))
 
 
 @pytest.mark.parametrize(
