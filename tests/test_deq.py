@@ -187,27 +187,55 @@ def test_a_phantom_gradient_without_a_step_is_refused():
 
 
 DDP = """
-import copy, os, torch, torch.distributed as dist
+import copy
+import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from get_nb.lab.core import torch_rng
 from get_nb.lab.checkpoints import create_model
-dist.init_process_group("gloo"); rank = dist.get_rank()
+from get_nb.lab.core import torch_rng
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+
 class Student(torch.nn.Module):
-    def __init__(self, model): super().__init__(); self.model = model
-    def forward(self, e, y): return sum((x - 1).abs().mean() for x in self.model.unrolled(e, y, n_iter=4))
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, e, y):
+        return sum((x - 1).abs().mean() for x in self.model.unrolled(e, y, n_iter=4))
+
+
 e, y = torch.randn(4, 1, 4, 4, generator=torch_rng("e")), torch.arange(4) % 3
-for how in (dict(), dict(constant_memory=True), dict(gradient="phantom", phantom_steps=2), dict(gradient="implicit", state="normalized", solver="anderson", adjoint_tol=0.),
-            dict(weight_norm="weight"), dict(gradient="implicit", state="normalized", weight_norm="spectral", adjoint_tol=0.), dict(injection="adaln"), dict(shared=False)):
+normalized = dict(gradient="implicit", state="normalized", adjoint_tol=0.0)
+for how in (
+    dict(),
+    dict(constant_memory=True),
+    dict(gradient="phantom", phantom_steps=2),
+    dict(normalized, solver="anderson"),
+    dict(weight_norm="weight"),
+    dict(normalized, weight_norm="spectral"),
+    dict(injection="adaln"),
+    dict(shared=False),
+):
     torch.manual_seed(0)
-    model = build_model("GET-digits/2", num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1, **how)
-    torch.nn.init.normal_(model.final_layer.linear.weight, std=.3, generator=torch_rng("w"))
+    model = create_model("GET-digits/2", num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1, **how)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.3, generator=torch_rng("w"))
     alone = Student(copy.deepcopy(model))
-    (alone(e[:2], y[:2]) / 2 + alone(e[2:], y[2:]) / 2).backward() if "spectral" not in how.values() else alone(e[2*rank:][:2], y[2*rank:][:2]).backward()
+    spectral = "spectral" in how.values()  # a forward pass changes its buffers: each process runs its own half
+    if spectral:
+        alone(e[2 * rank :][:2], y[2 * rank :][:2]).backward()
+    else:
+        (alone(e[:2], y[:2]) / 2 + alone(e[2:], y[2:]) / 2).backward()
     many = DistributedDataParallel(Student(model))
-    many(e[2 * rank:][:2], y[2 * rank:][:2]).backward()
+    many(e[2 * rank :][:2], y[2 * rank :][:2]).backward()
     for (name, a), b in zip(alone.named_parameters(), many.parameters()):
-        if not b.requires_grad: continue
-        if "spectral" in how.values(): dist.all_reduce(a.grad); a.grad /= 2
+        if not b.requires_grad:
+            continue
+        if spectral:
+            dist.all_reduce(a.grad)
+            a.grad /= 2
         assert a.grad is not None and torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6), (how, name)
 print("same", rank)
 """

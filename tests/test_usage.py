@@ -171,7 +171,7 @@ def test_a_damaged_published_record(tmp_path, text):
 def test_a_launched_notebook_with_wrong_parameters(said, tmp_path, monkeypatch, notebook, given, hint):
     monkeypatch.chdir(ROOT)
     out = [] if given[0].startswith("out") else [f"out={tmp_path / 'out'}"]
-    assert hint in said(launch.main, PAPER / f"{notebook}.ipynb", *out, *given)
+    assert hint in said(launch.launch_main, PAPER / f"{notebook}.ipynb", *out, *given)
 
 
 @pytest.mark.parametrize(
