@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['INNATE', 'GDD', 'freeze_innate', 'parameters_by_kind', 'layer_activations', 'GanConfig', 'critic_rates',
-           'generate_fakes', 'right_logits', 'draw_inputs', 'GanBatch', 'variety', 'Gan', 'gan_history', 'train_gan']
+           'draw_inputs', 'real_batches', 'generate_fakes', 'right_logits', 'GanBatch', 'variety', 'Gan', 'gan_history',
+           'train_gan']
 
-# %% ../nbs/45_gdd.ipynb #1ad92e13
+# %% ../nbs/45_gdd.ipynb #0ab71f57
 import re
 from dataclasses import asdict, dataclass, field, replace
 
@@ -16,7 +17,8 @@ from torch import nn
 
 from .discriminator import R1_GAMMA, discriminator_loss, generator_loss, r1_penalty
 from .lab.core import config, require, torch_rng
-from .lab.schedule import TrainConfig, learning_rate
+from .lab.images import ImageSet
+from .lab.schedule import TrainConfig, batch_indices, learning_rate
 from .lab.state import Method
 from .lab.train import descend, make_optimizer, train_method, whole_batch, window_means
 
@@ -81,8 +83,9 @@ def layer_activations(denoiser, image, noise, labels, sigmas) -> dict:
     stacked = {k: torch.stack(v) for k, v in rms.items()}
     return {k: v / v.mean().clamp(min=1e-12) for k, v in stacked.items()}
 
-# %% ../nbs/45_gdd.ipynb #4ec8ea2d
-GDD = TrainConfig(steps=19_531, batch_size=256, lr=1e-4, beta1=0.0, beta2=0.99, ema_half_life=500_000)  # CIFAR-10
+# %% ../nbs/45_gdd.ipynb #434ae84e
+# on CIFAR-10; 19,531 steps are 5M images / 256
+GDD = TrainConfig(steps=19_531, batch_size=256, lr=1e-4, beta1=0.0, beta2=0.99, ema_half_life=500_000)
 
 
 @config
@@ -93,7 +96,7 @@ class GanConfig:
         lr_critic: critic's peak rate, before the correction for lazy R1
         r1_every: steps between R1 steps
         r1_gamma: weight of R1, for losses that are means
-        n_iter: iterations of a GET; other generators have one
+        n_iter: iterations of a GET, to be given for one; other generators have one
         monitor_every: steps between two calls of the monitor
     """
 
@@ -103,7 +106,7 @@ class GanConfig:
     n_iter: PositiveInt = 1
     monitor_every: PositiveInt = 250
 
-# %% ../nbs/45_gdd.ipynb #0ee02b3a
+# %% ../nbs/45_gdd.ipynb #43ab000b
 def critic_rates(beta2: float, r1_every: int):
     """What lazy R1 does to the critic's Adam: r1_every steps are followed by one more (StyleGAN2, appendix B).
 
@@ -117,7 +120,44 @@ def critic_rates(beta2: float, r1_every: int):
     lazy = r1_every / (r1_every + 1)
     return lazy, beta2**lazy
 
+# %% ../nbs/45_gdd.ipynb #de7756c9
+def draw_inputs(shape, num_classes: int, step: int, cfg: TrainConfig):
+    """The generator's input of a step, a function of (seed, step).
 
+    Args:
+        shape: (C, H, W)
+        num_classes: 0: unconditional
+        step: from 0
+        cfg: batch_size and seed are used
+
+    Returns:
+        noise (B, C, H, W), labels int64 (B,) or None
+    """
+    g = torch_rng("gan", cfg.seed, step)
+    noise = torch.randn(cfg.batch_size, *shape, generator=g)
+    return noise, torch.randint(num_classes, (cfg.batch_size,), generator=g) if num_classes else None
+
+
+def real_batches(data: ImageSet, batch_size: int, seed: int, conditional: bool = True):
+    """Real images for the critic, a function of (seed, step).
+
+    Args:
+        data: real images
+        batch_size: images per step
+        seed: of their order
+        conditional: False: no labels
+
+    Returns:
+        step -> images (B, C, H, W), labels int64 (B,) or None
+    """
+
+    def batch(step):
+        x, y = data.batch(batch_indices(len(data), batch_size, step, seed))
+        return x, y if conditional else None
+
+    return batch
+
+# %% ../nbs/45_gdd.ipynb #bfeb1f3e
 def generate_fakes(generator, noise, labels, n_iter: int = 1):
     """What a one-step generator makes; of a GET, its last iterate.
 
@@ -146,24 +186,7 @@ def right_logits(real: list, fake: list):
     right = [(r > 0).float().mean() + (f < 0).float().mean() for r, f in zip(real, fake)]
     return sum(right) / 2 / len(right)
 
-
-def draw_inputs(shape, num_classes: int, step: int, cfg: TrainConfig):
-    """The generator's input of a step, a function of (seed, step).
-
-    Args:
-        shape: (C, H, W)
-        num_classes: 0: unconditional
-        step: from 0
-        cfg: batch_size and seed are used
-
-    Returns:
-        noise (B, C, H, W), labels int64 (B,) or None
-    """
-    g = torch_rng("gan", cfg.seed, step)
-    noise = torch.randn(cfg.batch_size, *shape, generator=g)
-    return noise, torch.randint(num_classes, (cfg.batch_size,), generator=g) if num_classes else None
-
-# %% ../nbs/45_gdd.ipynb #6ba22b8e
+# %% ../nbs/45_gdd.ipynb #a5879d14
 @dataclass
 class GanBatch:
     """What a step sees, the whole batch, and what it makes of each share.
@@ -200,13 +223,13 @@ def variety(run, batch: GanBatch) -> dict:
         contrast: standard deviation of the logits of real images
         diversity: that of the generated images' pixels, over that of the real ones'
     """
-    backbones = range(len(next(iter(batch.on_real.values()))))
-    on_real = [whole_batch(run, {i: v[k] for i, v in batch.on_real.items()}, dim=1) for k in backbones]
-    fake = whole_batch(run, batch.fakes)
-    contrast = torch.stack([logits.std(1).mean() for logits in on_real]).mean()
-    return dict(contrast=contrast, diversity=fake.std(0).mean() / batch.real.std(0).mean())
+    fake, contrasts = whole_batch(run, batch.fakes), []
+    for k in range(len(next(iter(batch.on_real.values())))):  # backbones
+        logits = whole_batch(run, {i: v[k] for i, v in batch.on_real.items()}, dim=1)
+        contrasts.append(logits.std(1).mean())
+    return dict(contrast=torch.stack(contrasts).mean(), diversity=fake.std(0).mean() / batch.real.std(0).mean())
 
-# %% ../nbs/45_gdd.ipynb #5d9e0934
+# %% ../nbs/45_gdd.ipynb #ac5e07f5
 class Gan(Method):
     """A generator against a critic: two networks, two optimizers; the generator is averaged.
 
@@ -237,18 +260,18 @@ class Gan(Method):
             run: its step is taken
 
         Returns:
-            generator, critic, extra: losses; right, contrast, diversity: see below
+            generator, critic, extra: losses; right, contrast, diversity: see right_logits and variety
         """
         batch, D = self.batch(run), self.networks["d"]
         opt_g, opt_d = self.optimizers["opt_g"], self.optimizers["opt_d"]
         rate = learning_rate(run.step, run.cfg) / run.cfg.lr  # share of the peak, the same for both
         lr, lr_critic = rate * run.cfg.lr, rate * self.lazy * self.gan.lr_critic
         D.requires_grad_(False)
-        fooled = descend(run, opt_g, lr, lambda share: self.fool(batch, run.step, share))
+        fooled = descend(run, opt_g, lr, lambda share: self.generator_terms(batch, run.step, share))
         D.requires_grad_(True)
-        judged = descend(run, opt_d, lr_critic, lambda share: self.tell_apart(batch, share))
+        judged = descend(run, opt_d, lr_critic, lambda share: self.critic_terms(batch, share))
         if run.step % self.gan.r1_every == 0:
-            descend(run, opt_d, lr_critic, lambda share: self.flatten(batch, share))
+            descend(run, opt_d, lr_critic, lambda share: self.r1_terms(batch, share))
         losses = dict(generator=fooled["generator"], critic=judged["critic"], extra=fooled["extra"])
         return losses | dict(right=judged["right"], **variety(run, batch))
 
@@ -265,7 +288,7 @@ class Gan(Method):
         noise, labels = draw_inputs(real.shape[1:], self.num_classes, run.step, run.cfg)
         return GanBatch(*(None if v is None else v.to(run.device) for v in (noise, labels, real, real_labels)))
 
-    def fool(self, batch: GanBatch, step: int, share: slice) -> dict:
+    def generator_terms(self, batch: GanBatch, step: int, share: slice) -> dict:
         """The generator's loss: its images should look real.
 
         Args:
@@ -283,7 +306,7 @@ class Gan(Method):
         extra = self.extra(G, step, share) if self.extra else adversarial.new_zeros(())
         return dict(total=adversarial + extra, generator=adversarial, extra=extra)
 
-    def tell_apart(self, batch: GanBatch, share: slice) -> dict:
+    def critic_terms(self, batch: GanBatch, share: slice) -> dict:
         """The critic's loss: high logits for real images, low for generated ones.
 
         Args:
@@ -299,7 +322,7 @@ class Gan(Method):
         batch.on_real[share.start] = [logits.detach() for logits in on_real]
         return dict(critic=discriminator_loss(on_real, on_fake), right=right_logits(on_real, on_fake))
 
-    def flatten(self, batch: GanBatch, share: slice) -> dict:
+    def r1_terms(self, batch: GanBatch, share: slice) -> dict:
         """R1: the critic's slope at real images, weighted for the steps without it.
 
         Args:

@@ -56,9 +56,9 @@ def perceptual_input(x):
         x = x.expand(-1, 3, -1, -1)
     return (F.interpolate(x, size=(224, 224), mode="bilinear") + 1) / 2
 
-# %% ../nbs/30_losses.ipynb #75227a76
+# %% ../nbs/30_losses.ipynb #d33fc58f
 def make_lpips(backbone, weights: list):
-    """LPIPS on a given network (Zhang et al. 2018, equation 1), computed by piq.
+    """LPIPS on a given network (Zhang et al. 2018; the weights stand outside the square, as in their code), by piq.
 
     Args:
         backbone: VGG16's convolutions, an nn.Sequential

@@ -103,6 +103,11 @@ def says_nothing(section):
     return re.findall(r"(?m)^\s*([\w, *]+):\s*$", section)
 
 
+def only_a_type(section):
+    "Names that a section explains by nothing but the name of a type."
+    return re.findall(r"(?m)^\s*([\w*, ]+?)(?: \([^)]*\))?:\s*[A-Z]\w+\.?\s*$", section)
+
+
 def raises(node):
     "Does a function raise on purpose?"
     return any(isinstance(n, ast.Raise) and n.exc is not None for n in ast.walk(node))
@@ -135,6 +140,14 @@ def undocumented(name, node, doc):
     for k in part:
         for empty in says_nothing(part[k]):
             yield f"{name}: {k}: {empty.strip()} is not explained"
+    yield from types_alone(name, part)
+
+
+def types_alone(name, part):
+    "Arguments of whose purpose a docstring's sections say nothing."
+    for k in ("Args", "Attributes"):
+        for alone in only_a_type(part.get(k, "")):
+            yield f"{name}: {k}: {alone.strip()} is explained by a type alone; say what it is for"
 
 
 def is_command(node):
@@ -158,6 +171,7 @@ def class_docstrings(node):
         yield f"{node.name}: no docstring"
     fields = [f.target.id for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
     part = sections(doc)
+    yield from types_alone(node.name, part)
     known = named(part.get("Attributes", "") + part.get("Args", ""))
     missing = [f for f in fields if f not in known and not f.startswith("_")]
     if missing:

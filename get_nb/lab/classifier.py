@@ -40,7 +40,7 @@ class Classifier(nn.Module):
     """Small convolutional classifier.
 
     Args:
-        cfg: ClassifierConfig
+        cfg: number of channels and features
         num_classes: classes to tell apart
         image_size: pixels per side
         channels: of the image
@@ -129,11 +129,11 @@ def train_classifier(model: Classifier, data: ImageSet, cfg: TrainConfig, state_
     Args:
         model: Classifier, trained in place
         data: training split
-        cfg: TrainConfig
+        cfg: how to train; see TrainConfig
         state_dir: folder for resuming; None: not resumable
 
     Returns:
-        averaged (EMA) classifier, history
+        averaged (EMA) classifier, history as `train` returns it
 
     Raises:
         ConfigError: state_dir has the state of another run

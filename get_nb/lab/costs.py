@@ -81,10 +81,10 @@ def teacher_cost(teacher: str, data: str) -> dict:
 
     Args:
         teacher: preset of a teacher
-        data: key of IMAGES
+        data: key of IMAGES: digits, shapes, cifar10 or cifar10-unverified
 
     Returns:
-        parameters, flop of one evaluation, train_gflop and activation_mb per image and step
+        dict of parameters, flop of one evaluation, train_gflop and activation_mb per image and step
     """
     net, shape = _on_meta(create_teacher, teacher, data)
     x, per_image = torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta")
@@ -196,10 +196,11 @@ def stage_cost(stage, stages: dict, data: str) -> dict:
     Args:
         stage: Stage of a profile
         stages: name -> Stage, the whole profile
-        data: name of the data set
+        data: name of the data set, a key of IMAGES
 
     Returns:
-        kind of work, evaluations, pflop, memory_gb, disk_gb; empty where it costs next to nothing or cannot be told
+        dict of kind (of work), evaluations, pflop, memory_gb and disk_gb, as far as they are known; empty where it
+        costs next to nothing or cannot be told
     """
     kind = stage.notebook.stem
     by_notebook = dict(teacher=_teacher_stage, student=_student_stage, pairs=_pairs_stage, evaluate=_evaluate_stage)

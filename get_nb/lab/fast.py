@@ -141,7 +141,7 @@ def fast_block(z, addend, w: BlockWeights, heads: int):
 
     Args:
         z: (B, T, d)
-        addend: (B T, 3d), or (3d,) when there is neither class nor injection
+        addend: qkv's bias plus class vector plus injection: (B T, 3d); the bias alone is (3d,)
         w: the block's weights
         heads: attention heads
 

@@ -238,7 +238,7 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
     Args:
         generated: uint8 (N, C, H, W), or what the network made of them
         reference: uint8 (M, C, H, W), or a dict of mu and sigma
-        network: FeatureNetwork
+        network: in whose features the sets are compared
         only_fd: leave out the slower ones
 
     Returns:

@@ -91,8 +91,8 @@ def write_board(writer, run, numbers: dict, pictures: dict):
     """Write the newest point of every curve.
 
     Args:
-        writer: SummaryWriter
-        run: a Run
+        writer: tensorboard's SummaryWriter of the run
+        run: a lab.state.Run; its curves and learning rate are written too
         numbers: name -> number
         pictures: name -> uint8 (H, W) or (H, W, 3)
     """

@@ -184,7 +184,7 @@ def read_speeds(path=None) -> dict:
         path: record.json; None: the published one
 
     Returns:
-        fields of Assumptions; {} when none is published
+        dict of peak, training and sampling, fields of Assumptions; {} when none is published
 
     Raises:
         FileError: no such record, or not one of a GPU
@@ -325,7 +325,7 @@ def price_jobs(jobs: list, gpus: int, a: Assumptions) -> dict:
         a: what is assumed
 
     Returns:
-        a table, as `table_markdown` takes it
+        dict of title, columns, rows, notes, as `table_markdown` takes it
     """
     predicted = {job.name: predict(job, gpus, a) for job in jobs}
     total, rows = ("hours", "gpu_hours", "cost"), []

@@ -149,7 +149,7 @@ def show_cell(c, digits: int = 2) -> str:
     """How a cell is printed.
 
     Args:
-        c: a cell, a string, or None
+        c: dict of value and, where known, std, n and source; or a string, or None
         digits: decimals
 
     Returns:
@@ -194,7 +194,7 @@ def save_table(folder, stem: str, title: str, columns: list, rows: list, notes=(
         stem: file stem, the same as the notebook's
         title: one line: what is shown
         columns: list of Column
-        rows: dicts: column key -> cell, string or None
+        rows: dicts: column key -> string, None or cell: dict of value and, where known, std, n, source
         notes: lines below the table: samples, split, seeds
 
     Returns:

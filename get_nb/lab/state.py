@@ -220,7 +220,7 @@ def restore_state(tensors: dict, run: Run):
     """Put the tensors of `flatten_state` back.
 
     Args:
-        tensors: of a run of the same method
+        tensors: name -> tensor, as `flatten_state` returns, of a run of the same method
         run: changed in place
     """
     for name, network in run.method.networks.items():
