@@ -20,7 +20,7 @@ $(READY): constraints.txt settings.ini setup.py pyproject.toml
 	@PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN)pip install -q -e '.[dev]'
 	@touch $(READY)
 
-reproduce: $(READY)  ## train, generate, distil, evaluate and draw everything of a profile (PROFILE=cpu); what holds is kept
+reproduce: $(READY)  ## train, generate, distil, evaluate and draw everything of a profile (PROFILE=cpu); what is up to date is kept
 	@$(RUN)get-nb reproduce --profile $(PROFILE)
 
 test: $(READY)   ## the rooms, each in a fresh kernel, and the tests of tests/

@@ -11,7 +11,8 @@ from .lab.imports import import_reference_pairs as import_reference_pairs
 from .lab.metrics import compare as compare, load_features as load_features
 from .lab.released import load_edm_pickle as load_edm_pickle, load_reference_get as load_reference_get
 from .lab.store import PairDataset as PairDataset, save_pairs as save_pairs
-from .lab.train import TrainConfig as TrainConfig, train as train
+from .lab.schedule import TrainConfig as TrainConfig
+from .lab.train import train as train
 from .sampler import edm_sigmas as edm_sigmas, euler_sample as euler_sample, heun_sample as heun_sample
 from .solvers import anderson as anderson, broyden as broyden, solve as solve
 

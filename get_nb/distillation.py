@@ -68,7 +68,7 @@ class DistillConfig:
     residual: NonNegativeFloat = 0.0
     jacobian: NonNegativeFloat = 0.0
 
-# %% ../nbs/31_distillation.ipynb #c21775fc
+# %% ../nbs/31_distillation.ipynb #8e301c2c
 def _state_penalty(f, z, cfg: DistillConfig):
     "Weighted residual and Jacobian penalties of the map f at the state z (B, T, d): a scalar."
     require(callable(f), "residual and jacobian penalties need one map: this model's weights are not shared")
@@ -83,7 +83,8 @@ def _state_penalty(f, z, cfg: DistillConfig):
 def _supervised_images(model, noise, labels, cfg: DistillConfig, n_iter: int):
     "The images that are compared with the target, in order, and the penalty on the last state."
     if not hasattr(model, "trajectory"):
-        return model.unrolled(noise, labels), 0.0
+        images = model.unrolled(noise, labels, n_iter=n_iter)
+        return images if len(images) == 1 else [images[k - 1] for k in supervised(n_iter, cfg.supervise)], 0.0
     if not (cfg.residual or cfg.jacobian):
         return model.unrolled(noise, labels, n_iter=n_iter, supervise=cfg.supervise), 0.0
     f, states = model.trajectory(noise, labels, n_iter=n_iter, supervise=cfg.supervise)

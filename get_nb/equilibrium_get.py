@@ -16,8 +16,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .get import GET, GETConfig, ViT, equilibrium_step
-from .gradients import equilibrium, gate, normalize_state, unroll, unroll_constant
+from .gradients import equilibrium, unroll, unroll_constant
+from .jacobian import normalize_state
 from .lab.core import config, require
+from .lab.graph import gate
 from .layers import AdaptiveBlock, Block, init_transformer, normalize_weights
 
 # %% ../nbs/25_equilibrium.ipynb #d885a1ac

@@ -13,14 +13,18 @@ import torch
 from .fixed_point import check_options, fixed_point_iter, pick, solver_loop
 from .lab.core import ConfigError, nearest
 
-# %% ../nbs/22_solvers.ipynb #13021d80
+# %% ../nbs/22_solvers.ipynb #780db7ec
 class _Accelerator:
-    "The next state from a memory of pairs of vectors (rows of A and B), and the last accepted evaluation."
+    """The next state from a memory of pairs of vectors, the rows of A and B, and the last accepted evaluation.
+
+    A subclass has `growth`, `learn` (put a pair into the memory) and `propose` (the next state).
+    """
 
     def __init__(self, window, tau):
         self.window, self.tau, self.count, self.z = window, tau, 0, None
 
     def start(self, z):
+        "An empty memory; the start counts as a state with residual 0 and f(z) = z, to which a plain step goes back."
         self.A, self.B = (z.new_empty(len(z), self.window, z.shape[1]) for _ in range(2))
         self.mask = z.new_zeros(len(z), self.window)  # 1 where a row is valid
         self.z, self.r, self.g = z, torch.zeros_like(z), z  # last accepted state, residual and f(z)
@@ -28,6 +32,7 @@ class _Accelerator:
         self.plain = torch.ones_like(self.size, dtype=torch.bool)  # was the last step a plain one?
 
     def __call__(self, z, fz, tracker):
+        "The next state, as `solver_loop` asks for it."
         x, r, g = z.flatten(1), tracker.r, fz.flatten(1)
         size, first = tracker.abs_trace[-1][:, None], self.z is None
         if first:
@@ -109,7 +114,7 @@ def anderson(f, z0, *, max_iter, window=10, tol=None, stop_mode="rel", tau=1.0, 
     check_options(max_iter, tol, stop_mode, select, tau, window)
     return solver_loop(f, z0, _Anderson(min(window, max_iter), tau), max_iter, tol, stop_mode, select)
 
-# %% ../nbs/22_solvers.ipynb #eb278d57
+# %% ../nbs/22_solvers.ipynb #361864c3
 class _Broyden(_Accelerator):
     "Rows of A: u_i; rows of B: v_i; H = I + sum_i u_i v_i^T."
 
@@ -132,6 +137,7 @@ class _Broyden(_Accelerator):
         self.put((-s - Hy) / sHy, v, ok & large)
 
     def H(self, x):
+        "H x, of x (B, n)."
         return self.add(x, self.dot(self.B, x), self.A)
 
 # %% ../nbs/22_solvers.ipynb #06b88a78

@@ -11,9 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from conftest import ROOT
 from get_nb.lab.core import ConfigError, seed_everything, torch_rng
 from get_nb.distillation import correction_weights
-from get_nb.gradients import equilibrium, gate, implicit, supervised, unroll, unroll_constant
+from get_nb.gradients import equilibrium, implicit, supervised, unroll, unroll_constant
+from get_nb.lab.graph import gate
 from get_nb.distillation import DistillConfig, distill_loss
 from get_nb.jacobian import jacobian_penalty, spectral_radius
+from get_nb.get import GET, GETConfig
 from get_nb.losses import l1
 from get_nb.presets import with_options
 from get_nb.lab.checkpoints import create_model
@@ -185,27 +187,55 @@ def test_a_phantom_gradient_without_a_step_is_refused():
 
 
 DDP = """
-import copy, os, torch, torch.distributed as dist
+import copy
+import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from get_nb.lab.checkpoints import create_model
 from get_nb.lab.core import torch_rng
-from get_nb.presets import build_model
-dist.init_process_group("gloo"); rank = dist.get_rank()
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+
 class Student(torch.nn.Module):
-    def __init__(self, model): super().__init__(); self.model = model
-    def forward(self, e, y): return sum((x - 1).abs().mean() for x in self.model.unrolled(e, y, n_iter=4))
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, e, y):
+        return sum((x - 1).abs().mean() for x in self.model.unrolled(e, y, n_iter=4))
+
+
 e, y = torch.randn(4, 1, 4, 4, generator=torch_rng("e")), torch.arange(4) % 3
-for how in (dict(), dict(constant_memory=True), dict(gradient="phantom", phantom_steps=2), dict(gradient="implicit", state="normalized", solver="anderson", adjoint_tol=0.),
-            dict(weight_norm="weight"), dict(gradient="implicit", state="normalized", weight_norm="spectral", adjoint_tol=0.), dict(injection="adaln"), dict(shared=False)):
+normalized = dict(gradient="implicit", state="normalized", adjoint_tol=0.0)
+for how in (
+    dict(),
+    dict(constant_memory=True),
+    dict(gradient="phantom", phantom_steps=2),
+    dict(normalized, solver="anderson"),
+    dict(weight_norm="weight"),
+    dict(normalized, weight_norm="spectral"),
+    dict(injection="adaln"),
+    dict(shared=False),
+):
     torch.manual_seed(0)
-    model = build_model("GET-digits/2", num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1, **how)
-    torch.nn.init.normal_(model.final_layer.linear.weight, std=.3, generator=torch_rng("w"))
+    model = create_model("GET-digits/2", num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1, **how)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.3, generator=torch_rng("w"))
     alone = Student(copy.deepcopy(model))
-    (alone(e[:2], y[:2]) / 2 + alone(e[2:], y[2:]) / 2).backward() if "spectral" not in how.values() else alone(e[2*rank:][:2], y[2*rank:][:2]).backward()
+    spectral = "spectral" in how.values()  # a forward pass changes its buffers: each process runs its own half
+    if spectral:
+        alone(e[2 * rank :][:2], y[2 * rank :][:2]).backward()
+    else:
+        (alone(e[:2], y[:2]) / 2 + alone(e[2:], y[2:]) / 2).backward()
     many = DistributedDataParallel(Student(model))
-    many(e[2 * rank:][:2], y[2 * rank:][:2]).backward()
+    many(e[2 * rank :][:2], y[2 * rank :][:2]).backward()
     for (name, a), b in zip(alone.named_parameters(), many.parameters()):
-        if not b.requires_grad: continue
-        if "spectral" in how.values(): dist.all_reduce(a.grad); a.grad /= 2
+        if not b.requires_grad:
+            continue
+        if spectral:
+            dist.all_reduce(a.grad)
+            a.grad /= 2
         assert a.grad is not None and torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6), (how, name)
 print("same", rank)
 """
@@ -323,6 +353,20 @@ def test_the_default_loss_is_the_released_one_to_the_bit():
     ours = distill_loss(model, noise, labels, target, DistillConfig(n_iter=4))
     theirs = sum(w * l1(x, target) for w, x in zip([0.8**3, 0.8**2, 0.8, 1.0], model.unrolled(noise, labels, n_iter=4)))
     assert torch.equal(ours, theirs)
+
+
+def test_the_loss_unrolls_the_released_get_as_often_as_it_is_told():
+    torch.manual_seed(0)
+    cfg = GETConfig(dim=8, heads=2, depth=1, deq_depth=1, deq_mlp_ratio=4.0)
+    model, (noise, labels) = GET(cfg, 3, 4, 1).double(), batch()
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    target = torch.ones_like(noise)
+    for what, chosen in ((DistillConfig(n_iter=3), (1, 2, 3)), (DistillConfig(n_iter=3, supervise=(1, -1)), (1, 3))):
+        torch.manual_seed(1)  # of z0
+        ours = distill_loss(model, noise, labels, target, what)
+        torch.manual_seed(1)
+        images = model.unrolled(noise, labels, n_iter=3)
+        assert torch.allclose(ours, sum(0.8 ** (3 - k) * l1(images[k - 1], target) for k in chosen))
 
 
 @pytest.mark.parametrize(

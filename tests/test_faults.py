@@ -92,12 +92,14 @@ def test_a_damaged_stamp_is_reported_and_its_stage_runs_again(smoke, tmp_path):
     runs = shutil.copytree(smoke[0], tmp_path / "runs")
     (runs / "smoke/figure_samples/stamp.json").write_text('{"key": ')
     done = get_nb("stages", "--profile", "smoke", "--runs", runs)
-    assert done.returncode == 0 and "damaged stamp" in done.stdout and done.stdout.count("holds") == len(STAGES) - 1
+    assert (
+        done.returncode == 0 and "damaged stamp" in done.stdout and done.stdout.count("up to date") == len(STAGES) - 1
+    )
     done = get_nb("reproduce", "--profile", "smoke", "--runs", runs)
     assert (
         done.returncode == 0
         and "figure_samples: running" in done.stdout
-        and done.stdout.count(": holds") == len(STAGES) - 1
+        and done.stdout.count(": up to date") == len(STAGES) - 1
     )
 
 

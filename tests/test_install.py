@@ -1,4 +1,4 @@
-"""The installed package needs no development package, and its command is there."""
+"""The installed package, outside of a clone, needs no development package; it makes a model, and its command is there."""
 
 import shutil
 import subprocess
@@ -16,8 +16,15 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import get_nb
 assert get_nb.__file__.startswith(sys.argv[1]), get_nb.__file__
-names = [m.name for m in pkgutil.iter_modules(get_nb.__path__) if not m.name.startswith("_")]
-for n in names: importlib.import_module("get_nb." + n)
+names = [m.name for p in ("get_nb", "get_nb.lab") for m in pkgutil.iter_modules(importlib.import_module(p).__path__, p + ".")]
+for n in names: importlib.import_module(n)
+for n in get_nb.__all__: getattr(get_nb, n)
+model = get_nb.create_model("GET-digits/2", image_size=8, channels=1)
+import torch
+assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 1, 8, 8)
+from get_nb.lab.cli import main
+try: main(["--help"])
+except SystemExit as e: assert not e.code
 print(*names)
 """
 
@@ -45,4 +52,5 @@ def test_the_wheel_imports_without_any_development_package(tmp_path):
         env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
     )
     assert done.returncode == 0, done.stderr
-    assert {"core", "models", "solvers", "sampler", "unet", "pairs", "files", "cli"} <= set(done.stdout.split())
+    assert {"get_nb.get", "get_nb.solvers", "get_nb.lab.core", "get_nb.lab.cli"} <= set(done.stdout.split())
+    assert "Usage:" in done.stdout

@@ -348,7 +348,7 @@ def test_distillation_minimises_the_distance_that_is_handed_in(vgg_state):
             super().__init__()
             self.scale = nn.Parameter(torch.tensor(0.5))
 
-        def unrolled(self, noise, labels):
+        def unrolled(self, noise, labels=None, z0=None, n_iter=1):
             return [self.scale * noise]
 
     model, noise, cfg = Half(), torch.randn(1, 1, 8, 8, generator=torch_rng("handed in")), DistillConfig(loss="lpips")

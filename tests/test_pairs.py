@@ -180,7 +180,7 @@ def test_the_command_line_informs_verifies_and_merges(whole, tmp_path, capsys):
     code, out, _ = command(capsys, "info", whole)
     assert code == 0 and json.loads(out)["pairs"] == 120 and json.loads(out)["missing"] == 0
     code, out, _ = command(capsys, "verify", whole)
-    assert code == 0 and "12 shards, all whole" in out
+    assert code == 0 and "12 shards, none damaged" in out
     code, out, _ = command(capsys, "merge", tmp_path / "both", tmp_path / "more", whole)
     assert code == 0 and "150 pairs in 15 shards" in out
     both = PairDataset(tmp_path / "both")

@@ -48,7 +48,8 @@ def test_torch_compile_gives_the_same_without_a_break(name):
     f, z0, _, _ = linear(0.7)
 
     def run(z):
-        return (lambda z, s: (z, s.rel_trace))(*SOLVERS[name](f, z, max_iter=4))
+        z, stats = SOLVERS[name](f, z, max_iter=4)
+        return z, stats.rel_trace
 
     for a, b in zip(torch.compile(run, backend="eager", fullgraph=True)(z0), run(z0)):
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-12)

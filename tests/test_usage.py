@@ -171,7 +171,7 @@ def test_a_damaged_published_record(tmp_path, text):
 def test_a_launched_notebook_with_wrong_parameters(said, tmp_path, monkeypatch, notebook, given, hint):
     monkeypatch.chdir(ROOT)
     out = [] if given[0].startswith("out") else [f"out={tmp_path / 'out'}"]
-    assert hint in said(launch.main, PAPER / f"{notebook}.ipynb", *out, *given)
+    assert hint in said(launch.launch_main, PAPER / f"{notebook}.ipynb", *out, *given)
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_a_stage_or_a_group(said, command):
 
 @pytest.mark.parametrize("stage", [None, "pairs"])
 def test_a_dry_run_says_what_fresh_would_run(monkeypatch, capsys, tmp_path, stage):
-    monkeypatch.setattr(cli.chain, "why_run", lambda *a: "")
-    cli.list_stages(ROOT, "smoke", stage, runs=tmp_path, fresh=True)
+    monkeypatch.setattr(cli, "why_run", lambda *a: "")
+    cli._list_stages(ROOT, "smoke", stage, None, tmp_path, False, fresh=True)
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["pairs"].endswith("asked for") and ("asked for" in lines["teacher"]) == (stage is None)
 
@@ -210,7 +210,7 @@ def test_every_task_of_the_benchmark_can_be_asked_for():
     from typing import get_args, get_type_hints
     from get_nb.lab.bench import BenchConfig
 
-    option = next(p for p in cli.bench.params if p.name == "tasks")
+    option = next(p for p in cli.cli.commands["bench"].params if p.name == "tasks")
     assert tuple(option.type.choices) == get_args(get_args(get_type_hints(BenchConfig)["tasks"])[0])
 
 

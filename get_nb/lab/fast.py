@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from ..equilibrium_get import EquilibriumGET
 from ..fixed_point import fixed_point_iter
 from ..get import ViT
-from ..gradients import normalize_state, unroll, unroll_constant
+from ..gradients import unroll, unroll_constant
+from ..jacobian import normalize_state
 from .core import ConfigError, Precision, autocast, require
 from .kernels import attention, fused_mlp, pack_weight, product
 from ..layers import unpatchify
