@@ -109,7 +109,7 @@ def loss_curve(history: dict, label: str = "loss"):
     ax.semilogy(history["step"], history["loss"])
     ax.set(xlabel="step", ylabel=label)
 
-# %% ../../nbs/lab/15_figures.ipynb #3754a5a5
+# %% ../../nbs/lab/15_figures.ipynb #19baaef9
 def critic_curves(curves: dict, monitored: dict):
     """Draw an adversarial training.
 
@@ -122,7 +122,7 @@ def critic_curves(curves: dict, monitored: dict):
     _, axes = plt.subplots(1, 3, figsize=(11, 2.8), layout="constrained")
     for ax, names in zip(axes, (("generator", "critic", "extra"), ("right", "contrast", "diversity"))):
         for name in names:
-            if name in curves:
+            if any(curves.get(name, ())):  # GDD has no extra loss: it is zero
                 ax.plot(curves["step"], curves[name], label=name)
     axes[2].semilogy(monitored["step"], monitored["fd"], "o-", label="FD, critic's features")
     for ax in axes:
