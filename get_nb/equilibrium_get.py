@@ -58,7 +58,7 @@ def normal_from_noise(noise, shape, seed: int):
     z = (-2 * u1.log()).sqrt() * (2 * math.pi * u2 / 2**24).cos()
     return z.reshape(-1, *shape)
 
-# %% ../nbs/25_equilibrium.ipynb #85bfac8a
+# %% ../nbs/25_equilibrium.ipynb #af4c29d2
 @config
 class EquilibriumConfig(GETConfig):
     """Size of a GET and how it finds its state; the defaults are the released model's.
@@ -77,7 +77,7 @@ class EquilibriumConfig(GETConfig):
         stop_mode: which residual tol bounds: "abs", or "rel", over ||f(z)||
         gradient: "unrolled", "phantom" or "implicit" (room 23, gradients)
         phantom_steps: steps with gradient of the phantom gradient
-        phantom_tau: their damping, in (0, 1]
+        phantom_tau: their damping, above 0; 1 is none
         adjoint_iter: evaluations at most for the implicit gradient's equation (Anderson)
         adjoint_tol: relative residual at which that equation counts as solved
         constant_memory: unrolled gradient without storing every iteration
@@ -131,7 +131,7 @@ def check_combination(cfg: EquilibriumConfig, where: str):
         f"{where}: constant_memory recomputes, and weight_norm='spectral' changes its estimate at each use: choose one",
     )
 
-# %% ../nbs/25_equilibrium.ipynb #98198fed
+# %% ../nbs/25_equilibrium.ipynb #a8921951
 class EquilibriumGET(GET):
     """A GET with every option of `EquilibriumConfig`; released parameter names wherever a released part is used.
 
@@ -230,7 +230,7 @@ class EquilibriumGET(GET):
         with parametrize.cached() if self.cfg.weight_norm != "none" else nullcontext():
             for m in self.deq_blocks.modules():
                 if parametrize.is_parametrized(m):
-                    m.weight
+                    m.weight  # computed here, and kept until the pass ends
             yield
 
     def _find(self, f, z0, n_iter):
@@ -300,6 +300,7 @@ class EquilibriumGET(GET):
             if self.cfg.shared:
                 return self._find(f, z0, self.iterations(n_iter))
             maps = iter(f)
+            # each evaluation uses the next copy
             return self._find(lambda z: next(maps)(z), z0, self.iterations(n_iter))
 
     def forward(self, noise, labels=None, z0=None, n_iter: int = None):

@@ -75,7 +75,7 @@ def _check_labels(labels, num_classes, batch):
     low, high = int(labels.min()), int(labels.max())
     require(low >= 0 and high < num_classes, f"labels must lie in 0..{num_classes - 1}, found {low}..{high}")
 
-# %% ../nbs/21_get.ipynb #ed774f37
+# %% ../nbs/21_get.ipynb #32e15df7
 class ViT(nn.Module):
     """Noise to image by a plain transformer, under the released parameter names [locuslab/get, models/vit.py].
 
@@ -163,7 +163,7 @@ class ViT(nn.Module):
             n_iter: ignored: a ViT does not iterate
 
         Returns:
-            list with the one image, with gradient
+            a list with the one image, so that GET and ViT are trained by the same loss
         """
         return [self(noise, labels)]
 

@@ -106,7 +106,7 @@ def implicit(f, z_star, stats: SolverStats = None, **options):
 
     return _Adjoint.apply(fz, vjp, {**_ADJOINT, **options}, stats)
 
-# %% ../nbs/23_gradients.ipynb #923e1b35
+# %% ../nbs/23_gradients.ipynb #d0a6630d
 def phantom(f, z_star, steps: int = 1, tau: float = 1.0):
     """Phantom gradient (Geng et al. 2021): a few steps with graph from a detached answer.
 
@@ -114,7 +114,7 @@ def phantom(f, z_star, steps: int = 1, tau: float = 1.0):
         f: the map, (B, ...) to (B, ...)
         z_star: the solver's answer (B, ...)
         steps: further steps, with gradient; at least 1
-        tau: damping in (0, 1], z + tau (f(z) - z)
+        tau: damping above 0, z + tau (f(z) - z); 1 is none
 
     Returns:
         z after those steps
@@ -129,7 +129,7 @@ def phantom(f, z_star, steps: int = 1, tau: float = 1.0):
         z = f(z) if tau == 1 else z + tau * (f(z) - z)
     return z
 
-# %% ../nbs/23_gradients.ipynb #80aa79d3
+# %% ../nbs/23_gradients.ipynb #0d8c3b07
 GRADIENTS = ("unrolled", "phantom", "implicit")
 
 
@@ -141,7 +141,7 @@ def equilibrium(f, z0, gradient="implicit", phantom_steps=1, phantom_tau=1.0, ad
         z0: start (B, ...)
         gradient (str): "implicit", "phantom" or "unrolled"
         phantom_steps (int): of the phantom gradient, at least 1
-        phantom_tau (float): its damping, (0, 1]
+        phantom_tau (float): its damping, above 0; 1 is none
         adjoint: options of `solve` for the implicit gradient's equation
         **options: of `solve`
 

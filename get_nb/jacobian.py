@@ -86,7 +86,7 @@ def spectral_radius(f, z, n_iter: int = 40, project=None, seed: int = 0):
             growth.append(v.flatten(1).norm(dim=1))
     return torch.stack(growth[n_iter // 2 :]).clamp(min=tiny).log().mean(0).exp()
 
-# %% ../nbs/24_jacobian.ipynb #33a470cc
+# %% ../nbs/24_jacobian.ipynb #c22580aa
 def jacobian_penalty(f, z, probes: int = 1, seed: int = None):
     """Hutchinson's estimate of the squared Frobenius norm of the Jacobian (Bai, Koltun and Kolter 2021).
 
@@ -105,13 +105,13 @@ def jacobian_penalty(f, z, probes: int = 1, seed: int = None):
         fz = f(z)
         for _ in range(probes):
             v = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
-            (Jv,) = torch.autograd.grad(fz, z, v, create_graph=True)
-            total = total + Jv.square().sum() / z.numel()
+            (vJ,) = torch.autograd.grad(fz, z, v, create_graph=True)
+            total = total + vJ.square().sum() / z.numel()
     return total / probes
 
-# %% ../nbs/24_jacobian.ipynb #30f24918
+# %% ../nbs/24_jacobian.ipynb #ae71b517
 def residual_penalty(f, z):
-    """How far z is from a fixed point of f, differentiable in both.
+    """How far z is from a fixed point of f, differentiable in both; the denominator carries no gradient.
 
     Args:
         f: the map, (B, ...) to (B, ...)

@@ -13,11 +13,12 @@ import torch
 from .fixed_point import check_options, fixed_point_iter, pick, solver_loop
 from .lab.core import ConfigError, nearest
 
-# %% ../nbs/22_solvers.ipynb #780db7ec
+# %% ../nbs/22_solvers.ipynb #0a8e45f2
 class _Accelerator:
     """The next state from a memory of pairs of vectors, the rows of A and B, and the last accepted evaluation.
 
-    A subclass has `growth`, `learn` (put a pair into the memory) and `propose` (the next state).
+    A subclass has `growth`, `learn` (put a pair into the memory) and `propose` (the next state). The rows of A and B
+    are those of Q and D in `_Anderson`, and u_i and v_i in `_Broyden`.
     """
 
     def __init__(self, window, tau):
@@ -37,11 +38,15 @@ class _Accelerator:
         size, first = tracker.abs_trace[-1][:, None], self.z is None
         if first:
             self.start(x)
+        # 1 accept or reject (after a plain step everything finite is accepted)
         ok = tracker.finite[:, None] & (self.plain | (size <= self.growth * self.size))
         self.mask = self.mask * ok
+        # 2 learn
         if not first:
             self.learn(x, r, g, ok & self.size.isfinite())
+        # 3 propose
         out = self.propose(x, r, g)
+        # 4 remember
         self.z, self.r, self.g = pick(ok, x, self.z), pick(ok, r, self.r), pick(ok, g, self.g)
         self.size = pick(ok, size, self.size)
         self.plain = ~ok | ~(self.mask > 0).any(1, keepdim=True)
@@ -64,7 +69,7 @@ class _Accelerator:
         "v + sum_i c_i M_i, with c from `dot`."
         return torch.baddbmm(v[:, None], c[:, None], M[:, : c.shape[1]])[:, 0] if c.shape[1] else v
 
-# %% ../nbs/22_solvers.ipynb #9cf8452a
+# %% ../nbs/22_solvers.ipynb #855f2902
 class _Anderson(_Accelerator):
     "Rows of A: Q, the orthonormal differences of residuals; rows of B: D, the same combinations of differences of f."
 
@@ -72,8 +77,8 @@ class _Anderson(_Accelerator):
 
     def propose(self, z, r, g):
         "z_{k+1} = f(z_k) - D gamma, gamma = Q^T r_k."
-        gamma = self.dot(self.A, r)
-        out = self.add(g, -gamma, self.B)
+        gamma = self.dot(self.A, r)  # Q^T r
+        out = self.add(g, -gamma, self.B)  # g - D gamma
         return out if self.tau == 1 else out - (1 - self.tau) * self.add(r, -gamma, self.A)
 
     def learn(self, z, r, g, ok):
@@ -88,6 +93,7 @@ class _Anderson(_Accelerator):
             d = self.add(d, -(c + again), self.B)
         left = q.norm(dim=1, keepdim=True)
         new = (left > eps**0.5 * length) & (left > 4 * eps * g.norm(dim=1, keepdim=True))
+        # rows with left = 0 are masked
         self.put(q / left, d / left, ok & left.isfinite() & new)
 
 # %% ../nbs/22_solvers.ipynb #373a90d2
@@ -114,7 +120,7 @@ def anderson(f, z0, *, max_iter, window=10, tol=None, stop_mode="rel", tau=1.0, 
     check_options(max_iter, tol, stop_mode, select, tau, window)
     return solver_loop(f, z0, _Anderson(min(window, max_iter), tau), max_iter, tol, stop_mode, select)
 
-# %% ../nbs/22_solvers.ipynb #361864c3
+# %% ../nbs/22_solvers.ipynb #ff0649d0
 class _Broyden(_Accelerator):
     "Rows of A: u_i; rows of B: v_i; H = I + sum_i u_i v_i^T."
 
@@ -130,7 +136,7 @@ class _Broyden(_Accelerator):
             self.mask = torch.zeros_like(self.mask)
         s, y = z - self.z, r - self.r
         Hy = self.H(y)
-        v = self.add(s, self.dot(self.A, s), self.B)
+        v = self.add(s, self.dot(self.A, s), self.B)  # H^T s
         sHy = (s * Hy).sum(1, keepdim=True)
         scale = s.norm(dim=1, keepdim=True) * Hy.norm(dim=1, keepdim=True)
         large = sHy.isfinite() & (sHy.abs() > torch.finfo(s.dtype).eps ** 0.5 * scale)

@@ -26,14 +26,14 @@ TEACHERS = {
     "edm-cifar10-32x32-uncond-ve": _NCSNPP,
 }
 
-# %% ../nbs/14_teachers.ipynb #47506c9a
+# %% ../nbs/14_teachers.ipynb #20ec3aea
 def build_teacher(name: str, *, num_classes: int = None, image_size: int = 32, channels: int = 3, **overrides):
     """A denoiser D(x; sigma, labels) with fresh weights; `get_nb.create_teacher` can load weights too.
 
     Args:
         name: a key of TEACHERS
         num_classes: 0: unconditional; None: what the name says (released networks), else 0
-        image_size: pixels per side, divisible by 2 per level
+        image_size: pixels per side, divisible by 2^(levels - 1)
         channels: of the image
         **overrides: fields of UNetConfig
 

@@ -216,13 +216,13 @@ def _decoder(cfg: UNetConfig, size: int, channels: int, widths: list, block):
     dec[f"{size}x{size}_aux_conv"] = Conv(c, channels, 3, gain=1e-5)
     return dec
 
-# %% ../nbs/11_unet.ipynb #994f3cef
+# %% ../nbs/11_unet.ipynb #1f56bea1
 class UNet(nn.Module):
     """F(x; c_noise, classes): DDPM++ or NCSN++ of any size.
 
     Args:
         cfg: size and kind
-        size: pixels per side, divisible by 2 per level
+        size: pixels per side, divisible by 2^(levels - 1)
         channels: of the image
         num_classes: 0: unconditional
     """

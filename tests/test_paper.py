@@ -3,6 +3,7 @@
 import copy
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
@@ -32,7 +33,7 @@ def run_here(stage, parameters, folder, cwd):
             exec("".join(cell["source"]), names)
             if "parameters" in cell["metadata"].get("tags", []):
                 names.update(parameters)
-    names["plt"].close("all") if "plt" in names else None
+    plt.close("all")
 
 
 def small_profile(path, files):

@@ -112,3 +112,13 @@ def test_golden_edm_outputs_from_pickles_of_the_released_layout(name, labels, de
     for key, value in ours.items():
         reference = torch.from_numpy(EDM_OUT[f"{name}|{key}"])
         assert ((value.cpu() - reference).abs() <= bound * reference.abs().clamp(min=1)).all(), key
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([0, 1, 2, 10]), torch.zeros(3, dtype=torch.int64), torch.zeros(4)])
+def test_a_teacher_refuses_labels_that_it_cannot_use(wrong):
+    teacher = create_teacher("unet-digits", num_classes=10, image_size=8, channels=1)
+    with pytest.raises(ValueError, match="labels must"):
+        teacher(torch.zeros(4, 1, 8, 8), 2.0, wrong)
+    plain = create_teacher("unet-digits", image_size=8, channels=1)
+    with pytest.raises(ValueError, match="unconditional network"):
+        plain(torch.zeros(4, 1, 8, 8), 2.0, torch.zeros(4, dtype=torch.int64))

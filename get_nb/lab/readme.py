@@ -29,7 +29,7 @@ def _read_table(root: Path, name: str) -> dict:
     require(path.is_file(), f"no published table {name!r}: run 'get-nb publish'")
     return json.loads(path.read_text(encoding="utf-8"))
 
-# %% ../../nbs/lab/37_readme.ipynb #b2176362
+# %% ../../nbs/lab/37_readme.ipynb #ccd33072
 def _chosen(given: str, known: list, what: str) -> list:
     "Names from a list separated by |, each of which must exist; all of them when nothing is given."
     names = given.split("|") if given else known
@@ -41,27 +41,24 @@ def _chosen(given: str, known: list, what: str) -> list:
 def _part_of(table: dict, options: dict) -> str:
     "Some columns and rows of a table, in markdown."
     columns = {c["key"]: c for c in table["columns"] if not ("untimed" in options and c["timing"])}
-    first = next(iter(columns))
-    rows = {r[first]: r for r in table["rows"]}
-    part = dict(
-        table,
-        columns=[columns[k] for k in _chosen(options.get("columns", ""), list(columns), "column")],
-        rows=[rows[k] for k in _chosen(options.get("rows", ""), list(rows), "row")],
-    )
-    text = table_markdown(part)
+    first, shown = next(iter(columns)), _chosen(options.get("columns", ""), list(columns), "column")
+    names = list(dict.fromkeys(r[first] for r in table["rows"]))  # several rows may have one name
+    rows = [r for n in _chosen(options.get("rows", ""), names, "row") for r in table["rows"] if r[first] == n]
+    text = table_markdown(dict(table, columns=[columns[k] for k in shown], rows=rows))
     if {"columns", "rows"} & options.keys():
         return "\n".join(line for line in text.split("\n") if line.startswith("|")) + "\n"
     return text
 
-# %% ../../nbs/lab/37_readme.ipynb #0998b7b1
+# %% ../../nbs/lab/37_readme.ipynb #0bcbbeb5
 def _value_of(table: dict, options: dict) -> str:
     "One cell of a table, as it is printed there."
     columns = {c["key"]: c for c in table["columns"]}
-    rows = {r[next(iter(columns))]: r for r in table["rows"]}
+    names = [r[next(iter(columns))] for r in table["rows"]]
     row, column = options.get("row"), options.get("column")
-    require(row in rows, f"no row {row!r}{nearest(row, rows)}")
+    require(row in names, f"no row {row!r}{nearest(row, names)}")
+    require(names.count(row) == 1, f"{names.count(row)} rows are named {row!r}")
     require(column in columns, f"no column {column!r}{nearest(column, columns)}")
-    return show_cell(rows[row].get(column), columns[column]["digits"])
+    return show_cell(table["rows"][names.index(row)].get(column), columns[column]["digits"])
 
 # %% ../../nbs/lab/37_readme.ipynb #0fbaa24d
 def fill_blocks(root: Path, text: str) -> str:
