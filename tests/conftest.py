@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import rooms
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-c", "from get_nb.lab.cli import main; main()"]
@@ -25,3 +27,12 @@ def smoke(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return runs, done.stdout
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs(request):
+    "Rooms whose tests were asked for, run one after the other from the start, beside all other tests."
+    asked = [i.callspec.params["path"] for i in request.session.items if "runs and shows" in i.name.replace("_", " ")]
+    with ThreadPoolExecutor(1) as pool:
+        yield {path: pool.submit(rooms.run, path) for path in asked}
+        pool.shutdown(cancel_futures=True)

@@ -1,19 +1,10 @@
 """Each room runs from top to bottom in a fresh kernel, and shows what is saved in it."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import nbformat
 import pytest
-from rooms import ROOMS, compare_picture, compare_text, differences, run
-
-
-@pytest.fixture(scope="session")
-def runs(request):
-    "Rooms that were asked for, run two at a time."
-    wanted = [i.callspec.params["path"] for i in request.session.items if "runs" in getattr(i, "fixturenames", ())]
-    with ThreadPoolExecutor(2) as pool:
-        yield {p: pool.submit(run, p) for p in wanted}
-        pool.shutdown(cancel_futures=True)
+from lint import SPINE
+from rooms import ROOMS, compare_picture, compare_text, differences
+from style import pictures
 
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
@@ -26,6 +17,11 @@ def test_a_room_runs_and_shows_what_is_saved(path, runs):
 def test_a_room_has_its_outputs(path):
     code = [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
     assert any(c.outputs for c in code) and not any(o.output_type == "error" for c in code for o in c.outputs)
+
+
+@pytest.mark.parametrize("path", SPINE, ids=lambda p: p.stem)
+def test_a_spine_room_shows_a_picture(path):
+    assert pictures(path)
 
 
 def test_a_changed_number_word_or_picture_is_noticed():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BenchConfig', 'run_bench']
 
-# %% ../../nbs/lab/44_bench.ipynb #cc33174d
+# %% ../../nbs/lab/44_bench.ipynb #d97e3f6d
 import shutil
 import statistics
 import tempfile
@@ -31,7 +31,7 @@ from .timing import fastest_product, keep_memory, paired, product_rate, take_tur
 from ..pairs import draw_noise
 from ..presets import MODELS, with_options
 from ..sampler import heun_sample
-from ..solvers import SOLVERS
+from ..solvers import SOLVERS, solve
 
 # %% ../../nbs/lab/44_bench.ipynb #53413968
 _TASKS = ("sampling", "training", "solvers", "teacher", "pairs")
@@ -167,7 +167,7 @@ def _measure_models(name: str, task: str, cfg: BenchConfig, device, products: di
         del out["compiled"]  # it fell back, and has said so
     return out, {k: [t[k] for t in rounds] for k in products}
 
-# %% ../../nbs/lab/44_bench.ipynb #ea0c8c88
+# %% ../../nbs/lab/44_bench.ipynb #9b355fe4
 def _complete(row: dict, **known) -> dict:
     "A row with every number that a table asks for."
     return dict(dict.fromkeys(("spread", "speedup", "images_per_second", "share", "memory_mb")), **row) | known
@@ -176,10 +176,14 @@ def _complete(row: dict, **known) -> dict:
 @torch.no_grad()
 def _measure_solvers(name: str, cfg: BenchConfig, device) -> dict:
     noise, labels = _images(cfg.batch_size, cfg, device)
-    models = {s: with_options(_some_model(name, cfg, device), solver=s, tol=None) for s in SOLVERS}
-    f, z0, _ = models["fixed_point"].prepare(noise, labels)
+    model = with_options(_some_model(name, cfg, device), tol=None)
+    f, z0, _ = model.prepare(noise, labels)
     ways = dict(bare=lambda: unroll(f, z0, cfg.n_iter, (-1,)))
-    ways |= {s: lambda m=m: m.find(f, z0, cfg.n_iter) for s, m in models.items()}
+    for solver in SOLVERS:
+        options = dict(max_iter=cfg.n_iter, select=model.cfg.select)
+        if solver != "fixed_point":
+            options["window"] = model.cfg.window
+        ways[solver] = lambda solver=solver, options=options: solve(f, z0, solver, **options)
     out = paired(take_turns(ways, 2 * cfg.rounds, device), ways)
     return {row: _complete(r, seconds=r["seconds"] / cfg.n_iter) for row, r in out.items()}
 

@@ -110,7 +110,7 @@ def save_pairs(folder, noise, image, labels=None, **recipe) -> dict:
     entries = []
     for start in range(0, n, recipe["shard_size"]):
         path, rows = folder / f"pairs-{len(entries):05d}.safetensors", slice(start, start + recipe["shard_size"])
-        shard = {k: v[rows] for k, v in dict(seed=seed, label=label, image=image, noise=noise).items()}
+        shard = {k: v[rows].clone() for k, v in dict(seed=seed, label=label, image=image, noise=noise).items()}
         save_tensors(path, shard, dict(kind="pairs", recipe=recipe))
         known = {} if first_seed is None else dict(first_seed=first_seed + start)
         entries.append(dict(file=path.name, pairs=len(shard["seed"]), **known, sha256=sha256_file(path)))

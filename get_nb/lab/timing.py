@@ -75,7 +75,7 @@ def paired(rounds: list, names) -> dict:
         out[name] = dict(seconds=median, spread=(max(t) - min(t)) / median, speedup=speedup)
     return out
 
-# %% ../../nbs/lab/43_timing.ipynb #d630bde9
+# %% ../../nbs/lab/43_timing.ipynb #bec76441
 def _multiplication(way: str, m: int, k: int, n: int, dtype, device):
     "A product of random matrices (m, k) and (k, n), as a function without arguments."
     a, b, out = (torch.zeros(*s, device=device, dtype=dtype) for s in ((m, k), (k, n), (m, n)))
@@ -108,6 +108,15 @@ def product_rate(product: tuple, dtype, device, seconds: float = 0.2) -> float:
     return 2 * m * k * n * calls / spent
 
 
+def _is_possible(product: tuple, dtype, device) -> bool:
+    "Does this processor have the instructions that the library wants for it?"
+    try:
+        _multiplication(*product, dtype, device)()
+        return True
+    except (RuntimeError, NotImplementedError):
+        return False
+
+
 def fastest_product(dtype, device, tokens: int = 4096, dim: int = 256, released: bool = False) -> tuple:
     """The product that is fastest in this precision.
 
@@ -125,7 +134,9 @@ def fastest_product(dtype, device, tokens: int = 4096, dim: int = 256, released:
     big = 8192 if cuda else 1024
     shapes = ((big, big, big), (tokens, dim, 3 * dim), (tokens, dim, 6 * dim), (tokens, 6 * dim, dim))
     ways = ("torch.mm",) if cuda or released or not has_one_dnn() else ("torch.mm", "oneDNN")
-    return max(((way, *s) for way in ways for s in shapes), key=lambda p: product_rate(p, dtype, device, 0.1))
+    products = [(way, *s) for way in ways for s in shapes]
+    possible = [p for p in products if _is_possible(p, dtype, device)]
+    return max(possible, key=lambda p: product_rate(p, dtype, device, 0.1))
 
 # %% ../../nbs/lab/43_timing.ipynb #4f93d869
 def keep_memory() -> bool:
