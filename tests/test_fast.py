@@ -157,6 +157,7 @@ def test_attention_in_parts_is_attention(dtype, tolerance, tokens):
         assert (ours - fused).norm() < tolerance * fused.norm()
 
 
+@pytest.mark.slow
 def test_the_compiled_model_makes_the_same_images():
     model = awake(tol=None, select="last")
     noise, labels = batch(model)

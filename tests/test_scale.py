@@ -100,6 +100,7 @@ def test_snakemake_sees_the_stages_of_a_profile(tmp_path):
         assert re.search(rf"(rule|localrule|job) {name}:|^{name} ", said, re.M), name
 
 
+@pytest.mark.slow
 def test_snakemake_runs_a_stage_and_what_it_needs_and_notices_what_is_no_longer_up_to_date(tmp_path):
     runs = tmp_path / "a folder"  # with a space
     command = [
