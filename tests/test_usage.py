@@ -1,6 +1,9 @@
 """What is wrong is said in one line, with exit code 2: prices, profiles, manifests, launched notebooks, options that exclude each other."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -217,3 +220,12 @@ def test_every_task_of_the_benchmark_can_be_asked_for():
 @pytest.mark.parametrize("path", sorted((PAPER / "profiles").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_profile_has_the_right_shape(path):
     assert load_profile(ROOT, path.stem)
+
+
+def test_doctor_outside_a_clone_says_so_and_lists_the_rest(tmp_path):
+    command = [sys.executable, "-c", "from get_nb.lab.cli import main; main()", "doctor"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT))
+    )
+    assert done.returncode == 1 and not done.stderr
+    assert "MISSING clone: no get_nb clone at" in done.stdout and "packages: " in done.stdout

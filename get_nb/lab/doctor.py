@@ -136,7 +136,7 @@ def examine(root=None) -> list:
         list of Finding
     """
     try:
-        clone = _clone(find_root(root))
+        clone = [*_data(), *_clone(find_root(root))]
     except ConfigError as e:
         clone = [Finding(False, f"clone: {e}", required=True)]
-    return [*_machine(), *_packages(), *_data(), *clone, *_weights()]
+    return [*_machine(), *_packages(), *clone, *_weights()]
