@@ -173,7 +173,7 @@ class DiscriminatorConfig:
     width: PositiveInt = 64
     seed: NonNegativeInt = 0
 
-
+# %% ../nbs/44_discriminator.ipynb #e38527a6
 class Discriminator(nn.Module):
     """Heads over frozen projections (Projected GAN; GDD). Only the heads are parameters.
 

@@ -242,7 +242,7 @@ def family(model) -> str:
         return "teacher"
     return "get" if isinstance(model, GET) else "vit"
 
-
+# %% ../nbs/32_evaluation.ipynb #afbe82da
 def protocol(data: str, kind: str, samples: int) -> str:
     """What was measured, and how it differs from what was published.
 

@@ -207,7 +207,7 @@ class GanBatch:
     fakes: dict = field(default_factory=dict)
     on_real: dict = field(default_factory=dict)
 
-
+# %% ../nbs/45_gdd.ipynb #f3840284
 def _part(labels, share):
     return None if labels is None else labels[share]
 
@@ -353,7 +353,7 @@ def gan_history(run) -> dict:
     monitor = dict(step=[w["step"] for w in seen], fd=[w["fd"] for w in seen])
     return dict(curves=curves, monitor=monitor, seconds=run.seconds, resumed_at=run.resumed)
 
-
+# %% ../nbs/45_gdd.ipynb #98bb6bed
 def train_gan(
     generator, critic, real, num_classes: int, cfg: TrainConfig, gan: GanConfig, extra=None, monitor=None, **kw
 ):

@@ -185,7 +185,7 @@ class MLP(nn.Module):
         """
         return self.fc2(F.gelu(self.fc1(x)))
 
-
+# %% ../nbs/20_layers.ipynb #0db03bd1
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm x), then x + mlp(norm x).
 

@@ -94,7 +94,7 @@ class PositionalEmbedding(nn.Module):
         i = torch.arange(self.n // 2, device=c_noise.device, dtype=torch.float32)
         return _waves(c_noise, 1e-4 ** (i / (self.n // 2 - 1)))
 
-
+# %% ../nbs/10_precond.ipynb #ae0f49a7
 class FourierEmbedding(nn.Module):
     """NCSN++: sines and cosines at random Gaussian frequencies, kept in the buffer `freqs`.
 

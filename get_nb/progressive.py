@@ -132,7 +132,7 @@ class ProgressiveConfig:
     sigma_max: PositiveFloat = 80.0
     rho: PositiveFloat = 7.0
 
-
+# %% ../nbs/41_progressive.ipynb #f21b73fa
 def step_counts(cfg: ProgressiveConfig) -> list:
     """Steps of each student: 16 -> 1 is [8, 4, 2, 1].
 

@@ -1,7 +1,6 @@
 """How the code reads, as one table: python tests/style.py
 
 Exported code of spine and lab (docstrings, comments and blank lines left out), lesson cells, and the experiments' pages.
-The anchors are the figures of other projects, measured the same way when the house was planned.
 """
 
 import ast
@@ -9,10 +8,6 @@ import statistics
 import sys
 
 from lint import FUNCTIONS, LAB, PAPER, ROOT, SPINE, cells, counted, exported, is_exported, source
-
-ANCHORS = dict(  # mean line length, % of lines over 120
-    miniai=(42, 0.5), nanoGPT=(51, 0.5), annotated_s4=(51, 6.2), EDM=(59, 6.9), get_nb_before=(67, 7.9)
-)  # fmt: skip
 
 
 def lessons(path):
@@ -61,8 +56,6 @@ def main():
     print(row("lab, exported", [t for p in LAB for t in exported(p)]))
     print(row("lesson cells", [t for p in [*SPINE, *LAB] for t in lessons(p)]))
     print(row("experiments", [source(c) for p in PAPER for c in cells(p)]))
-    for name, (length, wide) in ANCHORS.items():
-        print(f"{name:24}{'':8}{length:10}{wide:10}")
     n = [pictures(p) for p in SPINE]
     print(f"\npictures per spine room: {statistics.fmean(n):.1f}, at least {min(n)}")
     print(f"words of README.md: {len((ROOT / 'README.md').read_text(encoding='utf-8').split())}")

@@ -194,6 +194,22 @@ def anchors(path):
     return {h.strip().replace(" ", "-") for h in headings}
 
 
+def test_the_shares_in_the_readme_are_those_of_the_models():
+    import torch
+
+    from get_nb.presets import build_model
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = [int(s) for s in re.search(r"keeps (\d+)% of its weights .*?GET-B (\d+)%", text).groups()]
+    with torch.device("meta"):
+        models = build_model("GET-digits/2", image_size=8, channels=1), build_model("GET-B/2")
+    assert said == [round(100 * count(m.deq_blocks) / count(m)) for m in models]
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
 

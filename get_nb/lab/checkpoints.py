@@ -92,7 +92,7 @@ def create_model(
     model = build_model(name, num_classes=num_classes, image_size=image_size, channels=channels, **overrides)
     return model if pretrained is None else load_weights(model, pretrained)
 
-
+# %% ../../nbs/lab/23_checkpoints.ipynb #fbeeef8e
 def create_teacher(
     name: str, *, num_classes: int | None = None, image_size: int = 32, channels: int = 3, pretrained=None, **overrides
 ):

@@ -31,7 +31,7 @@ class ClassifierConfig:
     width: PositiveInt = 32
     features: PositiveInt = 64
 
-
+# %% ../../nbs/lab/13_classifier.ipynb #9b8cb2e6
 def _conv(i, o):
     return nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.ReLU())
 

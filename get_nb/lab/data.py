@@ -65,7 +65,7 @@ def load_split(name: str, split: str, split_seed: int) -> ImageSet:
         return load_digits(split, split_seed)
     return make_shapes(2000, seed=2 * split_seed + (split == "test"))
 
-
+# %% ../../nbs/lab/08_data.ipynb #b5156e56
 def load_data(name: str, split: str = "train", *, n: int = 20_000, size: int = 16) -> ImageSet:
     """A data set by name.
 

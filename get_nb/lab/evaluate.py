@@ -53,7 +53,7 @@ def training_formulation(model, cfg: DistillConfig, train_cfg: TrainConfig) -> F
     require_options(model, gradient="unrolled")
     return Fast(model, train_cfg.precision, bool(mode))
 
-
+# %% ../../nbs/lab/31_evaluate.ipynb #20396066
 def sampling_formulation(model, precision: str):
     """What `generate` and `evaluate` compute a model through in this precision.
 
@@ -93,7 +93,7 @@ def join_gloo(device: str = "auto"):
     torch.cuda.set_device(device)
     return device
 
-
+# %% ../../nbs/lab/31_evaluate.ipynb #e33cdc3f
 def spread(f, parts: list, desc: str = ""):
     """Apply f to every part, each process to its share of them.
 
@@ -218,7 +218,7 @@ def evaluate_checkpoint(
     formulation = sampling_formulation(model.to(device), precision)
     return evaluate(model, cfg, train, test, network, name, formulation, spread)[0]
 
-
+# %% ../../nbs/lab/31_evaluate.ipynb #12533df5
 def _refuse_misfits(model, path, features, teachers_only):
     "Refuse options of evaluate_checkpoint that do not fit the model."
     c = model.config
@@ -340,7 +340,7 @@ def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):
     with atomic_path(out) as tmp:
         _save_images(torch.cat(images).numpy(), y.numpy(), np.arange(seed, seed + n), tmp, str(out).endswith(".npz"))
 
-
+# %% ../../nbs/lab/31_evaluate.ipynb #31ba7f5d
 def _save_images(images, labels, seeds, path, arrays: bool):
     "Images uint8 (N, C, H, W) as a grid, or with labels and seeds (N,) as arrays."
     if not arrays:

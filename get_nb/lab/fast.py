@@ -54,7 +54,7 @@ class BlockWeights(NamedTuple):
     fc2: torch.Tensor
     fc2_bias: torch.Tensor
 
-
+# %% ../../nbs/lab/30_fast.ipynb #1458dbed
 def block_weights(block, dtype) -> BlockWeights:
     """A block's parameters, cast; gradients reach the originals.
 
@@ -86,7 +86,7 @@ class ModelWeights(NamedTuple):
     deq: tuple
     final: tuple
 
-
+# %% ../../nbs/lab/30_fast.ipynb #4509f8db
 def gather_weights(model, dtype) -> ModelWeights:
     """All parameters of a model, cast once; gradients reach the originals.
 

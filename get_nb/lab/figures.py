@@ -95,7 +95,7 @@ def show_images(images, labels=(), captions=(), title: str = "", size: int = 60,
     ax.spines[:].set_visible(False)
     return ax.figure
 
-
+# %% ../../nbs/lab/15_figures.ipynb #afda32bf
 def loss_curve(history: dict, label: str = "loss"):
     """Draw a training loss, on a logarithmic scale.
 

@@ -164,7 +164,7 @@ def part_of(tensors: dict, prefix: str) -> dict:
     """
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
-
+# %% ../../nbs/lab/03_files.ipynb #fbfb3643
 def optimizer_tensors(optimizer) -> dict:
     """An optimizer's moments and step counts.
 
@@ -176,7 +176,7 @@ def optimizer_tensors(optimizer) -> dict:
     """
     return {f"{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
 
-
+# %% ../../nbs/lab/03_files.ipynb #86f6563a
 def restore_optimizer(optimizer, tensors: dict):
     """Put the tensors of `optimizer_tensors` back.
 
@@ -215,7 +215,7 @@ def save_checkpoint(path, model, **meta):
         return None
     return save_tensors(path, model.state_dict(), dict(kind="checkpoint", schema=1, config=model.config, meta=meta))
 
-
+# %% ../../nbs/lab/03_files.ipynb #95c68368
 def read_checkpoint(path):
     """A checkpoint's tensors and description, checked.
 
@@ -255,7 +255,7 @@ def check_fit(own: dict, tensors: dict, path):
         if v.shape != tensors[k].shape:
             raise FileError(f"{path}: {k} has shape {tuple(tensors[k].shape)}, the model's is {tuple(v.shape)}")
 
-
+# %% ../../nbs/lab/03_files.ipynb #48cd062a
 def fit_weights(model, tensors: dict, path):
     """Load weights that fit.
 

@@ -120,7 +120,7 @@ def product(x, w, bias=None, add=None):
         return y if add is None else add + y
     return one_dnn(x, w, bias, add) if w.is_mkldnn else LinearFunction.apply(x, w, bias, add, False)
 
-
+# %% ../../nbs/lab/29_kernels.ipynb #630f639c
 def fused_mlp(x, w1, b1, w2, b2, residual):
     """residual + w2 gelu(w1 x + b1) + b2.
 

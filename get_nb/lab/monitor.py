@@ -86,7 +86,7 @@ def open_board(folder, step: int):
         raise ConfigError("tensorboard is not installed: pip install 'get_nb[tensorboard]', or give no board") from None
     return SummaryWriter(str(folder), purge_step=step)
 
-
+# %% ../../nbs/lab/34_monitor.ipynb #6d64b948
 def write_board(writer, run, numbers: dict, pictures: dict):
     """Write the newest point of every curve.
 
@@ -104,7 +104,7 @@ def write_board(writer, run, numbers: dict, pictures: dict):
         writer.add_image(k, v, run.step, dataformats="HWC" if v.ndim == 3 else "HW")
     writer.flush()
 
-
+# %% ../../nbs/lab/34_monitor.ipynb #6e0142b4
 def save_pictures(folder, step: int, pictures: dict):
     """Save pictures as name-00001000.png, ...
 

@@ -104,7 +104,7 @@ def accepts(kind, value) -> bool:
     except ValidationError:
         return False
 
-
+# %% ../../nbs/lab/35_parameters.ipynb #88125f6b
 def _yaml_hint(value, kind) -> str:
     "What to write instead of a number that yaml reads as text; only what would be accepted."
     try:

@@ -176,7 +176,7 @@ def run_stage(stage: Stage, key: dict, root: Path, runs: Path, fresh: bool = Fal
         shutil.rmtree(folder / "state", ignore_errors=True)  # checkpoints of a training that has ended
     return stamp
 
-
+# %% ../../nbs/lab/39_pipeline.ipynb #360e1a92
 def _stamp(stage: Stage, key: dict, folder: Path, seconds: float) -> dict:
     "What a finished stage depended on, what it made, and on which machine."
     record = folder / "record.json"

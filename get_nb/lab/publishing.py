@@ -72,7 +72,7 @@ def compare_table(new: dict, old: dict) -> str:
     worst, (row, column), x, y = max(numbers)
     return f"{len(changed)} cells differ, most in {row} / {column}: {x:.4g} now, {y:.4g} published ({worst:.1%})"
 
-
+# %% ../../nbs/lab/40_publishing.ipynb #7fd25ac4
 def compare_tables(runs: Path, results: Path, stages=None) -> str:
     """Compare a run's tables with the published ones.
 
@@ -285,7 +285,7 @@ def redraw(root: Path, profile: str, runs=None) -> None:
         print(f"{s.name}: drawn into {folder / s.name}", flush=True)
     print(compare_tables(folder, root / "results" / name))
 
-
+# %% ../../nbs/lab/40_publishing.ipynb #3871d339
 def publish_redrawn(root: Path, profile: str, runs=None) -> str:
     """Publish the tables, figures and pages that `redraw` has drawn; published records stay as they are.
 

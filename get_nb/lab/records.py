@@ -165,7 +165,7 @@ def show_cell(c, digits: int = 2) -> str:
     spread = f" ± {c['std']:,.{digits}f}" if c.get("std") else ""
     return f"{value:,.{digits}f}{spread}"
 
-
+# %% ../../nbs/lab/20_records.ipynb #0715e930
 def table_markdown(table: dict) -> str:
     """A table in markdown.
 

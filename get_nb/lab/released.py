@@ -42,7 +42,7 @@ def finite_tensors(state, path) -> dict:
             raise FileError(f"{path}: {short(k)} holds values that are not numbers (NaN or infinity)")
     return state
 
-
+# %% ../../nbs/lab/24_released.ipynb #a6a71e56
 def find_preset(state: dict, path) -> dict:
     """The preset whose names and shapes are those of a state dict.
 

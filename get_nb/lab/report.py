@@ -39,7 +39,7 @@ def read_rows(records, rows: dict) -> dict:
 
     return {label: read(stages) for label, stages in rows.items()}
 
-
+# %% ../../nbs/lab/21_report.ipynb #1c98f189
 def task_name(record: dict) -> str:
     """What a model was asked for.
 
@@ -51,7 +51,7 @@ def task_name(record: dict) -> str:
     """
     return f"{'class-conditional' if record['conditional'] else 'unconditional'} {record['data']}"
 
-
+# %% ../../nbs/lab/21_report.ipynb #24870beb
 def distance_name(record: dict) -> str:
     """What the distance in a record is called.
 
@@ -63,7 +63,7 @@ def distance_name(record: dict) -> str:
     """
     return record.get("distance") or f"FD-{record.get('data') or record['name']}"
 
-
+# %% ../../nbs/lab/21_report.ipynb #048068c3
 def count_of(n: int, what: str) -> str:
     """A number and what it counts.
 
@@ -125,7 +125,7 @@ def read_published(root=None) -> dict:
         require(figure.get("source"), f"published.yaml: {key} has no source")
     return table
 
-
+# %% ../../nbs/lab/21_report.ipynb #ba06e9c1
 def published_cell(label: str, published: dict, table: dict):
     """The published FID that belongs beside a row.
 
@@ -146,7 +146,7 @@ def published_cell(label: str, published: dict, table: dict):
     require(key in table, f"published.yaml has no {key!r}{nearest(key, table)}")
     return dict(value=table[key]["fid"], source=[table[key]["source"]])
 
-
+# %% ../../nbs/lab/21_report.ipynb #6d507029
 def published_notes(published: dict, table: dict) -> list:
     """Where each published figure comes from.
 
@@ -172,7 +172,7 @@ def floor_cell(record: dict) -> dict:
     floor = record["floor"]
     return dict(value=floor["mean"], std=floor["std"], n=len(floor["fd"]), source=[f"{record['stage']}:floor.mean"])
 
-
+# %% ../../nbs/lab/21_report.ipynb #d94b97c4
 def metric_row(label: str, records: list, prefix: str, published: dict, table: dict) -> dict:
     """All metrics of one way of sampling.
 
@@ -287,7 +287,7 @@ def compare_cells(a: dict, b: dict) -> str:
         return "level"
     return "lower" if difference < 0 else "higher"
 
-
+# %% ../../nbs/lab/21_report.ipynb #2fd1259a
 def said(c: dict, digits: int = 2) -> str:
     """A cell inside a sentence.
 
@@ -300,7 +300,7 @@ def said(c: dict, digits: int = 2) -> str:
     """
     return show_cell(c, digits) + ("" if "std" in c or c["value"] is None else " (one seed)")
 
-
+# %% ../../nbs/lab/21_report.ipynb #21a0ccab
 def mean_of(records: list, get) -> float:
     """A number of several records, averaged.
 

@@ -89,7 +89,7 @@ def imported_modules(source: str, package: str = "get_nb") -> frozenset:
     modules = {_lazy_names().get(n, n) for n in below}
     return frozenset(m for m in modules if _module_file(m).is_file())
 
-
+# %% ../../nbs/lab/37_stages.ipynb #5884a40a
 def _module_file(module: str) -> Path:
     """Where a module of the package is.
 
@@ -184,7 +184,7 @@ def read_stamp(folder: Path) -> dict | None:
     print(f"{path}: damaged stamp; the stage will run again")
     return None
 
-
+# %% ../../nbs/lab/37_stages.ipynb #46ec336d
 def read_manifest(path: Path) -> dict:
     """The stages of a published manifest.
 
@@ -236,7 +236,7 @@ def record_hashes(stage: Stage, records: Path) -> dict:
     files = [p for name in stage.records for p in sorted((records / name).glob("record.*"))]
     return {f"{p.parent.name}/{p.name}": sha256_file(p) for p in files}
 
-
+# %% ../../nbs/lab/37_stages.ipynb #43de4e93
 def stage_key(stage: Stage, runs: Path, inputs: dict = None) -> dict:
     """Everything that decides a stage's result.
 

@@ -113,7 +113,7 @@ class Processes:
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names the step and the last good checkpoint."
 
-
+# %% ../../nbs/lab/11_state.ipynb #f5ebd664
 @dataclass
 class Run:
     """A training run: a method, and what changes from step to step.
@@ -335,7 +335,7 @@ def find_state(folder, what: dict):
         return path
     return None
 
-
+# %% ../../nbs/lab/11_state.ipynb #489acd79
 def load_state(run: Run) -> bool:
     """Go back to the newest good checkpoint, the same one on all processes.
 

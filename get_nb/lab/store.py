@@ -39,7 +39,7 @@ def write_pairs_manifest(folder, recipe: dict, shards: list, **more) -> dict:
     write_json(Path(folder) / "manifest.json", manifest)
     return manifest
 
-
+# %% ../../nbs/lab/25_store.ipynb #806f0af0
 def _is_entry(s) -> bool:
     "Does an entry name a shard of its own folder, its pairs and its sha256?"
     if not isinstance(s, dict) or not isinstance(s.get("file"), str) or not isinstance(s.get("sha256"), str):
@@ -136,7 +136,7 @@ def shard_digest(path: Path, known: dict, check=None) -> str:
         known[path.name] = [*stamp, sha256_file(path)]
     return known[path.name][2]
 
-
+# %% ../../nbs/lab/25_store.ipynb #cc453379
 @contextmanager
 def remembered_digests(folder: Path, afresh: bool = False):
     """What is known of a folder's shards; kept for the next time if the folder can be written to.
@@ -189,7 +189,7 @@ def verify_pairs(folder, afresh: bool = False) -> list:
                 del known[path.name]  # only what is good is remembered
     return wrong
 
-
+# %% ../../nbs/lab/25_store.ipynb #253c8757
 def pairs_info(folder) -> dict:
     """What a folder of pairs holds, in a few numbers.
 

@@ -36,7 +36,7 @@ def timed(f, device) -> float:
     wait()
     return time.perf_counter() - began
 
-
+# %% ../../nbs/lab/43_timing.ipynb #5a8f42fe
 def take_turns(contenders: dict, rounds: int, device="cpu", yardsticks: dict = None) -> list:
     """Interleaved measurements: each round runs every contender once.
 
@@ -107,7 +107,7 @@ def product_rate(product: tuple, dtype, device, seconds: float = 0.2) -> float:
         calls += 1
     return 2 * m * k * n * calls / spent
 
-
+# %% ../../nbs/lab/43_timing.ipynb #f490d24c
 def _is_possible(product: tuple, dtype, device) -> bool:
     "Does this processor have the instructions that the library wants for it?"
     try:

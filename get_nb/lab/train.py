@@ -132,7 +132,7 @@ class Supervised(Method):
         lr = learning_rate(run.step, run.cfg)
         return descend(run, self.optimizer, lr, lambda share: dict(loss=self.loss_fn(self.model, run.step, share)))
 
-
+# %% ../../nbs/lab/12_train.ipynb #8ca3b26d
 @contextmanager
 def compiled(model, mode: str):
     """While the block runs, `forward` and, if there is one, `unrolled` are compiled.
@@ -175,7 +175,7 @@ def window_means(window: list) -> dict:
     """
     return {k: sum(w[k] for w in window) / len(window) for k in window[0]}
 
-
+# %% ../../nbs/lab/12_train.ipynb #5dd0b6bd
 def _settle(run: Run, pending: list):
     "Read the pending (step, scalars, norms) and extend the curve; the first bad step and its numbers, or None."
     for step, scalars, norms in pending:
@@ -332,7 +332,7 @@ def train_method(
         raise TrainingError(f"{desc}: {reason} ({first_line}); {last_good(run.folder)}. Rerun to resume") from e
     return run
 
-
+# %% ../../nbs/lab/12_train.ipynb #dde9ed72
 def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = None, desc: str = "train", watch=None):
     """Train one network on one loss; the other arguments are those of `train_method`.
 
