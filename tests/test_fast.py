@@ -1,8 +1,10 @@
 """The fast path: the same images, gradients and training as the model behind it, its compile that may fail, and what it refuses."""
 
+import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from get_nb.lab.files import save_checkpoint
 from get_nb.presets import with_options
 from get_nb.lab.checkpoints import create_model
 from get_nb.precond import EDMPrecond
-from get_nb.lab.schedule import TrainConfig
+from get_nb.lab.schedule import TrainConfig, ema_update
 from get_nb.lab.state import checkpoints
 from get_nb.lab.checkpoints import create_teacher
 
@@ -87,15 +89,141 @@ def test_the_unrolled_images_and_gradients_are_the_models(supervise):
         assert torch.allclose(g, fast_grads[name], atol=1e-6 + 1e-4 * g.abs().max()), name
 
 
-def test_sampling_in_bf16_sees_a_parameter_that_has_changed():
-    model = awake()
-    noise, labels = batch(model)
-    fast = Fast(model, "bf16")
+def optimized(model, kind, **how):
+    "Two steps of an optimizer on gradients of one."
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], 0.03, **how)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+
+@torch.no_grad()
+def lerped(model):
+    other = copy.deepcopy(model)
+    in_place(other)
+    ema_update(model, other, 0.2)
+
+
+def copied(model):
+    for p in model.parameters():
+        p.data.copy_(p.data.flip(0) + 0.05)
+
+
+def permuted(model):
+    "The same values at other places: sums and checksums that know no order stay."
+    for block in (*model.blocks, *model.deq_blocks):
+        block.mlp.fc2.weight.data.copy_(block.mlp.fc2.weight.data.flip(0))
+
+
+def loaded(model, **how):
+    model.load_state_dict({k: 1.1 * v + 0.02 for k, v in model.state_dict().items()}, **how)
+
+
+@torch.no_grad()
+def in_place(model):
+    for p in model.parameters():
+        p.mul_(1.1).add_(0.02)
+
+
+def aliased(model):
+    "Through another view of the memory, which no version counter sees."
+    for p in model.parameters():
+        p.detach().numpy()[...] += 0.02
+
+
+def recast(model):
+    model.to(torch.bfloat16).float()  # rounded
+
+
+def replaced(model):
+    for m in model.modules():
+        if isinstance(m, torch.nn.Linear):
+            m.weight = torch.nn.Parameter(m.weight.detach() * 1.2)
+
+
+def replaced_block(model):
+    model.deq_blocks[0] = copy.deepcopy(model.deq_blocks[0])
+    model.deq_blocks[0].mlp.fc1.weight.data.mul_(1.5)
+
+
+def swapped(model):
+    for m in model.modules():
+        if isinstance(m, torch.nn.Linear):
+            torch.utils.swap_tensors(m.weight, torch.nn.Parameter(m.weight.detach() * 1.2))
+
+
+def at_once(model):
+    torch._foreach_add_([p.data for p in model.parameters()], 0.02)
+
+
+def moved_positions(model):
+    model.pos_embed.data.add_(0.3)
+
+
+def new_storage(model):
+    for p in model.parameters():
+        p.data = p.data * 1.1 + 0.02
+
+
+CHANGES = dict(
+    fused_adamw=partial(optimized, kind=torch.optim.AdamW, fused=True),
+    foreach_adamw=partial(optimized, kind=torch.optim.AdamW, foreach=True),
+    loop_adamw=partial(optimized, kind=torch.optim.AdamW, foreach=False),
+    fused_adam=partial(optimized, kind=torch.optim.Adam, fused=True),
+    foreach_adam=partial(optimized, kind=torch.optim.Adam, foreach=True),
+    fused_sgd=partial(optimized, kind=torch.optim.SGD, fused=True),
+    average=lerped,
+    copied=copied,
+    permuted=permuted,
+    loaded=loaded,
+    assigned=partial(loaded, assign=True),
+    in_place=in_place,
+    aliased=aliased,
+    recast=recast,
+    replaced=replaced,
+    replaced_block=replaced_block,
+    swapped=swapped,
+    at_once=at_once,
+    buffer=moved_positions,
+    new_storage=new_storage,
+)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_that_change_in_any_way_are_the_weights_of_the_next_image(change, precision):
+    model = awake(state="normalized", depth=1)
+    noise, labels = batch(model, 2)
+    fast = Fast(model, precision)
     before = fast(noise, labels)
     assert torch.equal(before, fast(noise, labels))
+    CHANGES[change](model)
+    after = fast(noise, labels)
+    assert torch.equal(after, Fast(copy.deepcopy(model), precision)(noise, labels))
+    assert not torch.equal(after, before)
+    if precision == "float32":
+        with torch.no_grad():
+            assert torch.allclose(after, model(noise, labels), atol=1e-4)
+
+
+def test_a_copy_of_a_fast_model_has_weights_of_its_own():
+    model = awake(state="normalized", depth=1)
+    noise, labels = batch(model, 2)
+    fast = Fast(model)
+    before, other = fast(noise, labels), copy.deepcopy(fast)
+    in_place(other.model)
+    assert torch.equal(fast(noise, labels), before) and not torch.equal(other(noise, labels), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_dtype_makes_the_images_of_its_weights(dtype):
+    model = awake(state="normalized", depth=1).to(dtype)
+    noise, labels = batch(model, 2)
     with torch.no_grad():
-        model.final_layer.linear.bias += 1
-    assert (fast(noise, labels) - before).mean() == pytest.approx(1, abs=0.05)
+        wanted = copy.deepcopy(model).float()(noise, labels)
+    got = Fast(model)(noise, labels)
+    assert got.dtype == torch.float32 and torch.allclose(got, wanted, atol=1e-5)
 
 
 def test_fast_owns_no_parameters_and_leaves_the_state_dict_alone():

@@ -86,7 +86,7 @@ class ModelWeights(NamedTuple):
     deq: tuple
     final: tuple
 
-# %% ../../nbs/lab/30_fast.ipynb #4509f8db
+# %% ../../nbs/lab/30_fast.ipynb #b68038ca
 def gather_weights(model, dtype) -> ModelWeights:
     """All parameters of a model, cast once; gradients reach the originals.
 
@@ -104,7 +104,7 @@ def gather_weights(model, dtype) -> ModelWeights:
         inject = model.qkv_inj.weight.to(dtype).chunk(model.cfg.deq_depth)
         deq = tuple(block_weights(b, dtype) for b in model.deq_blocks)
     return ModelWeights(
-        embed=(patches.weight, patches.bias, model.pos_embed),
+        embed=(patches.weight.float(), patches.bias.float(), model.pos_embed.float()),
         blocks=blocks,
         inject=inject,
         deq=deq,
@@ -260,7 +260,7 @@ def require_options(model, **values):
                 "leave it out"
             )
 
-# %% ../../nbs/lab/30_fast.ipynb #5ecf162c
+# %% ../../nbs/lab/30_fast.ipynb #a973c71b
 class _Prepared:
     "A GET or ViT with its functions chosen and its weights cast; everything else is the model's own."
 
@@ -272,23 +272,25 @@ class _Prepared:
             kind in (ViT, EquilibriumGET), f"{kind.__name__}: the fast formulation is for a GET or a ViT of build_model"
         )
         require_options(model, injection="additive", shared=True, weight_norm="none")
-        self.model, self.dtype, self.versions = model, torch.bfloat16 if precision == "bf16" else torch.float32, None
-        self.compiled = compiled
+        self.model, self.dtype, self.compiled = (
+            model,
+            torch.bfloat16 if precision == "bf16" else torch.float32,
+            compiled,
+        )
         functions = (fast_inject, fast_step, fast_decode)
         self.inject, self.iterate, self.decode = map(Compiled, functions) if compiled else functions
 
     def __getattr__(self, name):
-        return getattr(self.__dict__["model"], name)
+        if name == "model":  # not there yet: a copy is being made
+            raise AttributeError(name)
+        return getattr(self.model, name)
 
     def _sampling_weights(self, noise) -> ModelWeights:
-        "Cast and packed weights, made anew whenever a parameter has changed."
-        now = [(p.data_ptr(), p._version) for p in self.model.parameters()]
-        if now == self.versions:
-            return self.weights
-        self.versions, self.weights = now, gather_weights(self.model, self.dtype)
+        "Cast and packed weights; they live inside one call."
+        weights = gather_weights(self.model, self.dtype)
         if noise.device.type == "cpu" and not self.compiled:
-            self.weights = pack(self.weights, len(noise) * self.model.tokens)
-        return self.weights
+            return pack(weights, len(noise) * self.model.tokens)
+        return weights
 
     def _prologue(self, w: ModelWeights, noise, labels):
         "What is computed once per image: tokens (B, T, d), the equilibrium map, its addends."
