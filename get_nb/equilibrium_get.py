@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mix64', 'normal_from_noise', 'EquilibriumConfig', 'check_combination', 'EquilibriumGET']
 
-# %% ../nbs/25_equilibrium.ipynb #fc171d2a
+# %% ../nbs/25_equilibrium.ipynb #b59b3c5c
 import math
 from contextlib import contextmanager, nullcontext
 from typing import Literal
@@ -15,10 +15,11 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 from torch.nn.utils import parametrize
 
+from .fixed_point import or_nan
 from .get import GET, GETConfig, ViT, equilibrium_step
 from .gradients import equilibrium, unroll, unroll_constant
 from .jacobian import normalize_state
-from .lab.core import config, require
+from .lab.core import config, require, require_whole
 from .lab.graph import gate
 from .layers import AdaptiveBlock, Block, init_transformer, normalize_weights
 
@@ -131,7 +132,7 @@ def check_combination(cfg: EquilibriumConfig, where: str):
         f"{where}: constant_memory recomputes, and weight_norm='spectral' changes its estimate at each use: choose one",
     )
 
-# %% ../nbs/25_equilibrium.ipynb #a8921951
+# %% ../nbs/25_equilibrium.ipynb #509e05a5
 class EquilibriumGET(GET):
     """A GET with every option of `EquilibriumConfig`; released parameter names wherever a released part is used.
 
@@ -193,7 +194,9 @@ class EquilibriumGET(GET):
         u, depth = self.inject(x), self.cfg.deq_depth
         if self.cfg.constant_memory:
             *u, c = gate(*u, c)  # u depends on c: gradients of both are collected at this gate
-        if z0 is None:
+        if z0 is not None:
+            z0 = self.start_from(z0, x)
+        else:
             z0 = x if self.cfg.injection == "none" else self.start(noise)
         if self.cfg.shared:
             return self._map(self.deq_blocks, u, c), z0, [*u, c]
@@ -217,9 +220,10 @@ class EquilibriumGET(GET):
             n_iter
 
         Raises:
-            ConfigError: weights are not shared and there are fewer copies than that
+            ConfigError: no whole number above 0, or weights are not shared and there are fewer copies than that
         """
         n = self.cfg.n_iter if n_iter is None else n_iter
+        require_whole("n_iter", n)
         copies = len(self.deq_blocks) // self.cfg.deq_depth
         require(self.cfg.shared or n <= copies, f"n_iter = {n}: weights are not shared, and there are {copies} copies")
         return n
@@ -315,4 +319,4 @@ class EquilibriumGET(GET):
         Returns:
             image (B, C, H, W), around [-1, 1]
         """
-        return self.decode(self.solve(noise, labels, z0, n_iter)[0])
+        return self.decode(or_nan(*self.solve(noise, labels, z0, n_iter)))

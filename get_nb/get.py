@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RELEASED_SIZES', 'TransformerConfig', 'GETConfig', 'ViT', 'equilibrium_step', 'GET']
 
-# %% ../nbs/21_get.ipynb #43df751c
+# %% ../nbs/21_get.ipynb #91063a59
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from .lab.core import config
-from .lab.images import check_labels
+from .lab.core import config, require, require_whole
+from .lab.images import check_labels, check_tensor
 from .layers import Block, FinalLayer, LabelEmbed, PatchEmbed, init_transformer, sincos_2d, unpatchify
 
 # %% ../nbs/21_get.ipynb #f9f5e3a2
@@ -64,7 +64,7 @@ for _patch in (2, 4, 8):
     RELEASED_SIZES[f"ViT-L/{_patch}"] = TransformerConfig(dim=1024, heads=16, depth=24, patch=_patch)
     RELEASED_SIZES[f"ViT-XL/{_patch}"] = TransformerConfig(dim=1152, heads=16, depth=28, patch=_patch)
 
-# %% ../nbs/21_get.ipynb #e28f4c30
+# %% ../nbs/21_get.ipynb #f2897fe4
 class ViT(nn.Module):
     """Noise to image by a plain transformer, under the released parameter names [locuslab/get, models/vit.py].
 
@@ -78,7 +78,10 @@ class ViT(nn.Module):
     def __init__(self, cfg: TransformerConfig, num_classes: int = 0, image_size: int = 32, channels: int = 3):
         super().__init__()
         side = image_size // cfg.patch
+        fits = side * cfg.patch == image_size and side
+        require(fits, f"image_size {image_size} is not a multiple of its patch, {cfg.patch}")
         self.cfg, self.channels, self.tokens = cfg, channels, side**2
+        self.shape = (channels, image_size, image_size)
         self.pos_embed = nn.Parameter(sincos_2d(side, cfg.dim), requires_grad=False)
         self.x_embedder = PatchEmbed(channels, cfg.dim, cfg.patch)
         self.y_embedder = LabelEmbed(num_classes, 3 * cfg.dim) if num_classes else None
@@ -111,7 +114,12 @@ class ViT(nn.Module):
 
         Returns:
             tokens (B, T, d), class vector (B, 3d) or None
+
+        Raises:
+            ConfigError: noise of another shape, type or device than the model's, or labels that it does not take
         """
+        weight = self.x_embedder.proj.weight
+        check_tensor("noise", noise, ("B", *self.shape), weight.dtype, weight.device)
         c = self.class_vector(labels, len(noise))
         x = self.x_embedder(noise) + self.pos_embed
         for block in self.blocks:
@@ -173,7 +181,7 @@ def equilibrium_step(blocks, z, u, c=None):
         z = block(z, c, u_i)
     return z
 
-# %% ../nbs/21_get.ipynb #f2917f6e
+# %% ../nbs/21_get.ipynb #1f911e94
 class GET(ViT):
     """Generative Equilibrium Transformer as released [GET, section 3; locuslab/get, models/get.py].
 
@@ -201,6 +209,24 @@ class GET(ViT):
         """
         return self.qkv_inj(x).chunk(self.cfg.deq_depth, dim=-1)
 
+    def start_from(self, z0, x):
+        """The start state.
+
+        Args:
+            z0: what was given, (B, T, d); None: drawn afresh from N(0, I)
+            x: tokens (B, T, d)
+
+        Returns:
+            (B, T, d)
+
+        Raises:
+            ConfigError: z0 of another shape, type or device than the state's
+        """
+        if z0 is None:
+            return torch.randn_like(x)
+        check_tensor("z0", z0, tuple(x.shape), self.x_embedder.proj.weight.dtype, x.device)
+        return z0
+
     def forward(self, noise, labels=None, z0=None, n_iter: int = None):
         """Noise to image: the released evaluation.
 
@@ -215,9 +241,10 @@ class GET(ViT):
         """
         x, c = self.embed(noise, labels)  # (B, T, d), (B, 3d)
         u = self.inject(x)  # (B, T, 3d) for each equilibrium block
-        z = torch.randn_like(x) if z0 is None else z0
-        best, lowest = z, x.new_full((len(x),), torch.inf)
-        for _ in range(self.cfg.n_iter if n_iter is None else n_iter):
+        z, n_iter = self.start_from(z0, x), self.cfg.n_iter if n_iter is None else n_iter
+        require_whole("n_iter", n_iter)
+        best, lowest = torch.full_like(z, torch.nan), x.new_full((len(x),), torch.inf)
+        for _ in range(n_iter):
             fz = equilibrium_step(self.deq_blocks, z, u, c)
             residual = (fz - z).flatten(1).norm(dim=1)  # ||f(z) - z||, one number per image
             better = residual < lowest
@@ -242,8 +269,8 @@ class GET(ViT):
         """
         x, c = self.embed(noise, labels)
         u = self.inject(x)
-        z = torch.randn_like(x) if z0 is None else z0
-        images = []
+        require_whole("n_iter", n_iter)
+        z, images = self.start_from(z0, x), []
         for _ in range(n_iter):
             z = equilibrium_step(self.deq_blocks, z, u, c)
             images.append(self.decode(z))

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['GRADIENTS', 'supervised', 'unroll', 'implicit', 'phantom', 'equilibrium', 'reversal', 'unroll_constant']
 
-# %% ../nbs/23_gradients.ipynb #3df1502a
+# %% ../nbs/23_gradients.ipynb #560879b1
 from functools import lru_cache
 
 import torch
 
-from .fixed_point import SolverStats
-from .lab.core import ConfigError, nearest, require
+from .fixed_point import SolverStats, apply_map, check_start
+from .lab.core import ConfigError, nearest, require, require_whole
 from .lab.graph import check_tensors
-from .solvers import solve
+from .solvers import check_solver, solve
 
-# %% ../nbs/23_gradients.ipynb #46e502ea
+# %% ../nbs/23_gradients.ipynb #a292e743
 def supervised(n_iter: int, supervise=None) -> list:
     """The iterations whose states are asked for.
 
@@ -29,17 +29,17 @@ def supervised(n_iter: int, supervise=None) -> list:
     Raises:
         ConfigError: n_iter is not a whole number above 0, or an iteration is out of range
     """
-    require(isinstance(n_iter, int) and n_iter >= 1, f"n_iter = {n_iter!r}: a whole number, at least 1")
+    require_whole("n_iter", n_iter)
     given = list(supervise or range(1, n_iter + 1))
     for k in given:
         if not 1 <= abs(k) <= n_iter:
             raise ConfigError(f"supervise = {given}: {k} is not in 1..{n_iter} (or -{n_iter}..-1, from the last)")
     return sorted({k if k > 0 else n_iter + 1 + k for k in given})
 
-# %% ../nbs/23_gradients.ipynb #35552c48
+# %% ../nbs/23_gradients.ipynb #be8bb633
 def _iteration(f, z, k):
     "Iteration k, from 1; f is one map, or a list with one for each iteration."
-    return f(z) if callable(f) else f[k - 1](z)
+    return apply_map(f if callable(f) else f[k - 1], z)
 
 
 def unroll(f, z0, n_iter: int, supervise=None) -> list:
@@ -55,8 +55,9 @@ def unroll(f, z0, n_iter: int, supervise=None) -> list:
         the states after those iterations, with gradient
 
     Raises:
-        ConfigError: an iteration is out of range
+        ConfigError: an iteration is out of range, z0 is no batch of states, or f does not return what it is given
     """
+    check_start(z0, 1)
     wanted, z, states = supervised(n_iter, supervise), z0, []
     for k in range(1, n_iter + 1):
         z = _iteration(f, z, k)
@@ -82,7 +83,7 @@ class _Adjoint(torch.autograd.Function):
             stats.backward = adjoint
         return y, None, None, None
 
-# %% ../nbs/23_gradients.ipynb #1f34d251
+# %% ../nbs/23_gradients.ipynb #fc6d58d2
 _ADJOINT = dict(solver="anderson", max_iter=30, tol=1e-6)
 
 
@@ -97,16 +98,21 @@ def implicit(f, z_star, stats: SolverStats = None, **options):
 
     Returns:
         f(z_star), whose gradient is the fixed point's
+
+    Raises:
+        ConfigError: an unknown solver or option, or f does not return what it is given
     """
+    options = {**_ADJOINT, **options}
+    check_solver(**options)
     z = z_star.detach().requires_grad_()
-    fz = f(z)
+    fz = apply_map(f, z)
 
     def vjp(y):  # J^T y
         return torch.autograd.grad(fz, z, y, retain_graph=True)[0]
 
-    return _Adjoint.apply(fz, vjp, {**_ADJOINT, **options}, stats)
+    return _Adjoint.apply(fz, vjp, options, stats)
 
-# %% ../nbs/23_gradients.ipynb #d0a6630d
+# %% ../nbs/23_gradients.ipynb #5102e94c
 def phantom(f, z_star, steps: int = 1, tau: float = 1.0):
     """Phantom gradient (Geng et al. 2021): a few steps with graph from a detached answer.
 
@@ -120,16 +126,16 @@ def phantom(f, z_star, steps: int = 1, tau: float = 1.0):
         z after those steps
 
     Raises:
-        ConfigError: steps is not a whole number above 0
+        ConfigError: steps is not a whole number above 0, tau is not above 0, or f does not return what it is given
     """
-    message = f"phantom_steps = {steps!r}: a whole number, at least 1; without a step there is no gradient"
-    require(isinstance(steps, int) and steps >= 1, message)
+    require_whole("phantom_steps", steps)  # without a step there is no gradient
+    require(tau > 0, f"phantom_tau = {tau!r}: a number > 0")
     z = z_star.detach()
     for _ in range(steps):
-        z = f(z) if tau == 1 else z + tau * (f(z) - z)
+        z = apply_map(f, z) if tau == 1 else z + tau * (apply_map(f, z) - z)
     return z
 
-# %% ../nbs/23_gradients.ipynb #0d8c3b07
+# %% ../nbs/23_gradients.ipynb #f460a5c3
 GRADIENTS = ("unrolled", "phantom", "implicit")
 
 
@@ -151,8 +157,7 @@ def equilibrium(f, z0, gradient="implicit", phantom_steps=1, phantom_tau=1.0, ad
     Raises:
         ConfigError: an unknown gradient, or "unrolled" with another solver than "fixed_point"
     """
-    if gradient not in GRADIENTS:
-        raise ConfigError(f"gradient {gradient!r}{nearest(gradient, GRADIENTS)}")
+    require(gradient in GRADIENTS, f"gradient {gradient!r}{nearest(gradient, GRADIENTS)}")
     plain = gradient == "unrolled" and options.get("solver") == "fixed_point"
     if plain or not torch.is_grad_enabled():
         return solve(f, z0, **options)
@@ -273,7 +278,7 @@ class _ConstantMemory(torch.autograd.Function):
         z0, *tensors = ctx.saved_tensors
         return None, *ctx.plan.backward(z0, tensors, grads)
 
-# %% ../nbs/23_gradients.ipynb #ef05ed79
+# %% ../nbs/23_gradients.ipynb #c533219e
 def unroll_constant(f, z0, n_iter: int, supervise=None, read=None, tensors=(), slots: int = 4) -> list:
     """The same values and gradients as `unroll`, with memory that does not grow with n_iter.
 
@@ -292,7 +297,8 @@ def unroll_constant(f, z0, n_iter: int, supervise=None, read=None, tensors=(), s
     Raises:
         ConfigError: slots or an iteration out of range, or `tensors` lacks one, or one of them depends on another
     """
-    require(isinstance(slots, int) and slots >= 1, f"slots = {slots!r}: a whole number, at least 1")
+    require_whole("slots", slots)
+    check_start(z0, 1)
     wanted, tensors = supervised(n_iter, supervise), [t for t in tensors if t is not None and t.requires_grad]
     plan = _Plan(f, n_iter, wanted, read, slots, z0)
     if torch.is_grad_enabled():

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['MODELS', 'build_model', 'with_options']
 
-# %% ../nbs/26_presets.ipynb #433682f5
+# %% ../nbs/26_presets.ipynb #94455056
 import copy
 from dataclasses import asdict
 
 from .equilibrium_get import EquilibriumConfig, EquilibriumGET, check_combination
 from .get import RELEASED_SIZES, GETConfig, TransformerConfig, ViT
 from .lab.core import ConfigError, build_config, nearest, require
+from .lab.images import check_sizes
 
 # %% ../nbs/26_presets.ipynb #ab5fb57c
 MODELS = dict(RELEASED_SIZES)
@@ -24,7 +25,7 @@ MODELS["GET-digits/2"] = EquilibriumConfig(
 MODELS["ViT-digits/2"] = TransformerConfig(dim=64, depth=3, heads=4, mlp_ratio=4.5)
 MODELS["ViT-digits-5x/2"] = TransformerConfig(dim=128, depth=4, heads=8, mlp_ratio=4.25)
 
-# %% ../nbs/26_presets.ipynb #b69db408
+# %% ../nbs/26_presets.ipynb #37625edb
 def build_model(name: str, *, num_classes: int = 0, image_size: int = 32, channels: int = 3, **overrides):
     """A GET or ViT by name, with fresh weights.
 
@@ -48,9 +49,9 @@ def build_model(name: str, *, num_classes: int = 0, image_size: int = 32, channe
     kind = EquilibriumGET if isinstance(cfg, EquilibriumConfig) else ViT
     if kind is EquilibriumGET:
         check_combination(cfg, where)
-    require(
-        image_size % cfg.patch == 0, f"{where}: image_size {image_size} is not a multiple of its patch, {cfg.patch}"
-    )
+    check_sizes(num_classes, image_size, channels)
+    fits = image_size % cfg.patch == 0
+    require(fits, f"{where}: image_size {image_size} is not a multiple of its patch, {cfg.patch}")
     model = kind(cfg, num_classes, image_size, channels)
     shape = dict(num_classes=num_classes, image_size=image_size, channels=channels)
     model.config = dict(builder="model", name=name, **shape, **overrides)

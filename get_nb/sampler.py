@@ -5,20 +5,25 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'edm_sigmas', 'euler_sample', 'Churn', 'heun_sample', 'num_evaluations']
 
-# %% ../nbs/12_sampler.ipynb #36fc63a4
+# %% ../nbs/12_sampler.ipynb #377e7f03
 import math
 
 import torch
 from pydantic import NonNegativeFloat
 
-from .lab.core import build_config, config, require, torch_rng
+from .lab.core import build_config, config, require, require_whole, torch_rng
 
-# %% ../nbs/12_sampler.ipynb #daefc693
+# %% ../nbs/12_sampler.ipynb #c52367c8
+def _require_noise(noise):
+    floating = isinstance(noise, torch.Tensor) and noise.ndim > 1 and noise.is_floating_point()
+    require(floating, "noise must be a floating-point tensor (B, C, H, W)")
+
+
 def _slope(denoiser, x, sigma, labels):
     "dx/dsigma of the probability-flow ODE (EDM, eqs. 1 and 3, sigma(t) = t), float64."
     return (x - denoiser(x.float(), sigma.float(), labels).double()) / sigma
 
-# %% ../nbs/12_sampler.ipynb #1e3f03c4
+# %% ../nbs/12_sampler.ipynb #e1e90865
 def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, device=None):
     """Noise levels of EDM, eq. 5. One step goes straight from sigma_max to 0.
 
@@ -33,15 +38,17 @@ def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
         float64 (N + 1,), decreasing, the last is 0
 
     Raises:
-        ConfigError: num_steps below 1, or not 0 < sigma_min < sigma_max
+        ConfigError: num_steps is not a whole number above 0, or not 0 < sigma_min < sigma_max, or rho not above 0
     """
-    require(num_steps >= 1, f"num_steps = {num_steps}: at least 1")
-    require(0 < sigma_min < sigma_max, f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    require_whole("num_steps", num_steps)
+    ordered = 0 < sigma_min < sigma_max < math.inf
+    require(ordered, f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    require(0 < rho < math.inf, f"rho = {rho}: a number above 0")
     i = torch.arange(num_steps, dtype=torch.float64, device=device) / max(num_steps - 1, 1)
     sigmas = (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
-# %% ../nbs/12_sampler.ipynb #7d01fe01
+# %% ../nbs/12_sampler.ipynb #00506f5c
 @torch.no_grad()
 def euler_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """First-order sampler: num_steps evaluations of the denoiser.
@@ -59,15 +66,16 @@ def euler_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002,
         images, float64 (B, C, H, W)
 
     Raises:
-        ConfigError: noise levels that `edm_sigmas` refuses
+        ConfigError: noise that is not floating-point, or levels that `edm_sigmas` refuses
     """
+    _require_noise(noise)
     sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, noise.device)
     x = noise.double() * sigmas[0]
     for t_cur, t_next in zip(sigmas[:-1], sigmas[1:]):
         x = x + (t_next - t_cur) * _slope(denoiser, x, t_cur, labels)
     return x
 
-# %% ../nbs/12_sampler.ipynb #eabf77c7
+# %% ../nbs/12_sampler.ipynb #6e4b4c2b
 @config
 class Churn:
     """Noise that is added while sampling (EDM, algorithm 2); the default adds none.
@@ -89,6 +97,8 @@ class Churn:
 
 def _add_noise(x, t, i: int, num_steps: int, churn: Churn):
     "Raise the noise level of x from t to t_hat: x_hat, t_hat of EDM, algorithm 2."
+    if not churn.S_churn:  # without churn no level is looked at: a GPU would be waited for
+        return x, t
     gamma = min(churn.S_churn / num_steps, 2**0.5 - 1) if churn.S_min <= float(t) <= churn.S_max else 0.0
     if not gamma:
         return x, t
@@ -96,7 +106,7 @@ def _add_noise(x, t, i: int, num_steps: int, churn: Churn):
     eps = torch.randn(x.shape, dtype=x.dtype, generator=torch_rng("churn", churn.seed, i)).to(x.device)
     return x + (t_hat**2 - t**2).sqrt() * churn.S_noise * eps, t_hat
 
-# %% ../nbs/12_sampler.ipynb #c1019e45
+# %% ../nbs/12_sampler.ipynb #1f1a7f82
 @torch.no_grad()
 def heun_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0, **churn):
     """Second-order sampler of EDM: algorithm 1, with churn algorithm 2; 2 num_steps - 1 evaluations.
@@ -115,10 +125,12 @@ def heun_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002, 
         images, float64 (B, C, H, W)
 
     Raises:
-        ConfigError: noise levels that `edm_sigmas` refuses, or churn that is negative, unknown or of an empty range
+        ConfigError: noise that is not floating-point, levels that `edm_sigmas` refuses, or churn that is negative,
+            unknown or of an empty range
     """
     churn = build_config(Churn, churn, "churn")
     require(churn.S_min <= churn.S_max, f"churn: S_min = {churn.S_min} is above S_max = {churn.S_max}")
+    _require_noise(noise)
     sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, noise.device)
     x_next = noise.double() * sigmas[0]
     for i, (t_cur, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):

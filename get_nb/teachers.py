@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TEACHERS', 'build_teacher']
 
-# %% ../nbs/14_teachers.ipynb #afcb22fe
+# %% ../nbs/14_teachers.ipynb #91bb5708
 from dataclasses import asdict, replace
 
 import torch
 
 from .lab.core import build_config, nearest, require
+from .lab.images import check_sizes
 from .precond import EDMPrecond
 from .unet import UNet, UNetConfig
 
@@ -26,7 +27,7 @@ TEACHERS = {
     "edm-cifar10-32x32-uncond-ve": _NCSNPP,
 }
 
-# %% ../nbs/14_teachers.ipynb #20ec3aea
+# %% ../nbs/14_teachers.ipynb #ea3ef0d6
 def build_teacher(name: str, *, num_classes: int = None, image_size: int = 32, channels: int = 3, **overrides):
     """A denoiser D(x; sigma, labels) with fresh weights; `get_nb.create_teacher` can load weights too.
 
@@ -47,6 +48,7 @@ def build_teacher(name: str, *, num_classes: int = None, image_size: int = 32, c
     if num_classes is None:
         num_classes = 10 if "-cond-" in name else 0
     cfg = build_config(UNetConfig, {**asdict(TEACHERS[name]), **overrides}, f"teacher {name}")
+    check_sizes(num_classes, image_size, channels)
     halvings = len(cfg.mult) - 1
     fits = image_size % 2**halvings == 0
     require(fits, f"teacher {name}: image_size {image_size} cannot be halved {halvings} times")

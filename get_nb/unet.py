@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAPS', 'resampling_filter', 'resample', 'Conv', 'UNetBlock', 'UNetConfig', 'UNet']
 
-# %% ../nbs/11_unet.ipynb #f864353c
+# %% ../nbs/11_unet.ipynb #2d622916
 from typing import Literal
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .lab.core import Fraction, Ints, config
+from .lab.images import check_tensor
 from .precond import FourierEmbedding, PositionalEmbedding
 
 # %% ../nbs/11_unet.ipynb #b32b3017
@@ -216,7 +217,7 @@ def _decoder(cfg: UNetConfig, size: int, channels: int, widths: list, block):
     dec[f"{size}x{size}_aux_conv"] = Conv(c, channels, 3, gain=1e-5)
     return dec
 
-# %% ../nbs/11_unet.ipynb #1f56bea1
+# %% ../nbs/11_unet.ipynb #3d39630e
 class UNet(nn.Module):
     """F(x; c_noise, classes): DDPM++ or NCSN++ of any size.
 
@@ -229,7 +230,7 @@ class UNet(nn.Module):
 
     def __init__(self, cfg: UNetConfig, size: int, channels: int, num_classes: int):
         super().__init__()
-        emb = 4 * cfg.base
+        emb, self.shape = 4 * cfg.base, (channels, size, size)
 
         def block(cin, cout, mode="", attention=False):
             return UNetBlock(cin, cout, emb, mode, TAPS[cfg.variant], attention, cfg.dropout)
@@ -264,7 +265,12 @@ class UNet(nn.Module):
 
         Returns:
             F_x, of the shape of x
+
+        Raises:
+            ConfigError: x has another shape, type or device than this network takes
         """
+        weight = self.map_layer0.weight
+        check_tensor("x", x, ("B", *self.shape), weight.dtype, weight.device)
         emb = self._embed(c_noise, classes, augment)
         skips, aux = [], x
         for name, module in self.enc.items():

@@ -494,5 +494,5 @@ def test_a_second_derivative_is_refused_and_not_wrong():
 
 def test_no_iterations_are_refused():
     model = awake()
-    with pytest.raises(ConfigError, match="max_iter = 0"):
+    with pytest.raises(ConfigError, match="n_iter = 0"):
         Fast(model)(*batch(model), n_iter=0)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileError', 'UnreadableFileError', 'UnsafeFileError',
-           'require', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng', 'torch_rng', 'seed_everything',
-           'setup', 'autocast', 'is_main', 'find_root', 'in_clone', 'progress']
+           'require', 'require_whole', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng', 'torch_rng',
+           'seed_everything', 'setup', 'autocast', 'is_main', 'find_root', 'in_clone', 'progress']
 
-# %% ../../nbs/lab/00_core.ipynb #6bb63990
+# %% ../../nbs/lab/00_core.ipynb #790b1c44
 import difflib
 import hashlib
 import json
 import os
 import re
+from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,6 +52,21 @@ def require(ok, message: str, error=ConfigError):
     """
     if not ok:
         raise error(message)
+
+# %% ../../nbs/lab/00_core.ipynb #2a3cb472
+def require_whole(name: str, value, least: int = 1):
+    """Refuse a count that is not a whole number, or too small.
+
+    Args:
+        name: what is counted
+        value: what was given; numpy's integers count as whole numbers, True and False do not
+        least: the smallest that is allowed
+
+    Raises:
+        ConfigError: anything else
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    require(whole, f"{name} = {value!r}: a whole number, at least {least}")
 
 # %% ../../nbs/lab/00_core.ipynb #021fb64e
 def nearest(word: str, options) -> str:

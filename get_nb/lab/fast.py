@@ -6,7 +6,7 @@
 __all__ = ['BlockWeights', 'block_weights', 'ModelWeights', 'gather_weights', 'pack', 'fast_block', 'fast_inject', 'fast_step',
            'fast_decode', 'Compiled', 'require_options', 'Fast']
 
-# %% ../../nbs/lab/30_fast.ipynb #7c2ee5da
+# %% ../../nbs/lab/30_fast.ipynb #92c5375b
 from typing import NamedTuple
 
 import torch
@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..equilibrium_get import EquilibriumGET
-from ..fixed_point import fixed_point_iter
+from ..fixed_point import fixed_point_iter, or_nan
 from ..get import ViT
 from ..gradients import unroll, unroll_constant
 from ..jacobian import normalize_state
 from .core import ConfigError, Precision, autocast, require
+from .images import check_tensor
 from .kernels import attention, fused_mlp, pack_weight, product
 from ..layers import unpatchify
 
@@ -260,7 +261,7 @@ def require_options(model, **values):
                 "leave it out"
             )
 
-# %% ../../nbs/lab/30_fast.ipynb #a973c71b
+# %% ../../nbs/lab/30_fast.ipynb #87c019a5
 class _Prepared:
     "A GET or ViT with its functions chosen and its weights cast; everything else is the model's own."
 
@@ -299,13 +300,20 @@ class _Prepared:
         normalized = getattr(cfg, "state", "") == "normalized"
         return x, lambda z: self.iterate(w, z, addends, cfg.heads, normalized), addends
 
+    def _check(self, noise):
+        device = self.model.pos_embed.device
+        check_tensor("noise", noise, ("B", *self.model.shape), torch.float32, device)
+
     def _start(self, noise, z0):
-        return (self.model.start(noise) if z0 is None else z0).to(self.dtype)
+        if z0 is None:
+            return self.model.start(noise).to(self.dtype)
+        check_tensor("z0", z0, (len(noise), self.model.tokens, self.model.cfg.dim), noise.dtype, noise.device)
+        return z0.to(self.dtype)
 
     def _images(self, w, *states):
         return self.decode(w, torch.cat(states), self.model.cfg.patch, self.model.channels)
 
-# %% ../../nbs/lab/30_fast.ipynb #5cd055dd
+# %% ../../nbs/lab/30_fast.ipynb #f2e203c8
 class Fast(_Prepared):
     """A GET or ViT over the same parameters, with less work around its matrix products.
 
@@ -331,9 +339,10 @@ class Fast(_Prepared):
             list of float32 images (B, C, H, W)
 
         Raises:
-            ConfigError: the model's gradient is not the unrolled one
+            ConfigError: the model's gradient is not the unrolled one, or noise or z0 does not fit it
         """
         require_options(self.model, gradient="unrolled")
+        self._check(noise)
         with autocast("float32", noise.device):
             return self._unroll(noise, labels, z0, n_iter, supervise)
 
@@ -366,9 +375,10 @@ class Fast(_Prepared):
             float32 (B, C, H, W)
 
         Raises:
-            ConfigError: the model's solver is not plain iteration
+            ConfigError: the model's solver is not plain iteration, or noise or z0 does not fit it
         """
         require_options(self.model, solver="fixed_point")
+        self._check(noise)
         with autocast("float32", noise.device):
             return self._sample(noise, labels, z0, n_iter)
 
@@ -381,5 +391,5 @@ class Fast(_Prepared):
         if cfg.tol is None and cfg.select == "last":
             return self._images(w, unroll(f, z, n, [n])[0])
         options = dict(max_iter=n, tol=cfg.tol, stop_mode=cfg.stop_mode, select=cfg.select)
-        z, _ = fixed_point_iter(lambda z: f(z.to(self.dtype)).float(), z.float(), **options)
+        z = or_nan(*fixed_point_iter(lambda z: f(z.to(self.dtype)).float(), z.float(), **options))
         return self._images(w, z.to(self.dtype))
