@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['RELEASED_SIZES', 'TransformerConfig', 'GETConfig', 'ViT', 'equilibrium_step', 'GET']
 
-# %% ../nbs/21_get.ipynb #2c39c817
+# %% ../nbs/21_get.ipynb #43df751c
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
-from .lab.core import ConfigError, config, require
+from .lab.core import config
+from .lab.images import check_labels
 from .layers import Block, FinalLayer, LabelEmbed, PatchEmbed, init_transformer, sincos_2d, unpatchify
 
 # %% ../nbs/21_get.ipynb #f9f5e3a2
@@ -63,19 +64,7 @@ for _patch in (2, 4, 8):
     RELEASED_SIZES[f"ViT-L/{_patch}"] = TransformerConfig(dim=1024, heads=16, depth=24, patch=_patch)
     RELEASED_SIZES[f"ViT-XL/{_patch}"] = TransformerConfig(dim=1152, heads=16, depth=28, patch=_patch)
 
-# %% ../nbs/21_get.ipynb #8cdc7f57
-def _check_labels(labels, num_classes, batch):
-    "Refuse labels that a model does not take, or lacks."
-    if not num_classes:
-        require(labels is None, "this model is unconditional: pass labels=None")
-        return
-    require(labels is not None, f"this model is class-conditional: pass labels, int64 of shape ({batch},)")
-    if labels.dtype != torch.int64 or labels.shape != (batch,):
-        raise ConfigError(f"labels must be int64 of shape ({batch},), not {labels.dtype} {tuple(labels.shape)}")
-    low, high = int(labels.min()), int(labels.max())
-    require(low >= 0 and high < num_classes, f"labels must lie in 0..{num_classes - 1}, found {low}..{high}")
-
-# %% ../nbs/21_get.ipynb #32e15df7
+# %% ../nbs/21_get.ipynb #e28f4c30
 class ViT(nn.Module):
     """Noise to image by a plain transformer, under the released parameter names [locuslab/get, models/vit.py].
 
@@ -110,7 +99,7 @@ class ViT(nn.Module):
         Raises:
             ConfigError: labels are missing, not wanted, of another dtype or shape, or out of range
         """
-        _check_labels(labels, self.y_embedder.num_classes if self.y_embedder else 0, batch)
+        check_labels(labels, self.y_embedder.num_classes if self.y_embedder else 0, batch)
         return self.y_embedder(labels) if self.y_embedder else None
 
     def embed(self, noise, labels=None):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['IdealDenoiser', 'edm_coefficients', 'PositionalEmbedding', 'FourierEmbedding', 'EDMPrecond', 'edm_loss']
 
-# %% ../nbs/10_precond.ipynb #98730f55
+# %% ../nbs/10_precond.ipynb #af0141a0
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .lab.core import require
+from .lab.images import check_labels
 
 # %% ../nbs/10_precond.ipynb #a78e6937
 class IdealDenoiser(nn.Module):
@@ -117,24 +117,18 @@ class FourierEmbedding(nn.Module):
         """
         return _waves(c_noise, 2 * torch.pi * self.freqs)
 
-# %% ../nbs/10_precond.ipynb #3efe8f8b
+# %% ../nbs/10_precond.ipynb #2885343e
 def _class_vectors(labels, num_classes: int, batch: int, device):
     "One-hot vectors float32 (B, num_classes), zero where the label is -1 or absent; None for an unconditional network."
+    check_labels(labels, num_classes, batch, no_class=True)
     if num_classes == 0:
-        given = labels is not None and bool((labels >= 0).any())
-        message = "labels given to an unconditional network; pass None, or build it with num_classes"
-        require(not given, message, ValueError)
         return None
     if labels is None:
         return torch.zeros(batch, num_classes, device=device)
-    if labels.dtype != torch.int64 or labels.shape != (batch,):
-        raise ValueError(f"labels must be int64 of shape ({batch},), not {labels.dtype} {tuple(labels.shape)}")
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < -1 or highest >= num_classes:
-        raise ValueError(f"labels must lie in -1..{num_classes - 1}, found {lowest}..{highest}")
-    return F.one_hot(labels.clamp(min=0), num_classes).float() * (labels >= 0)[:, None]
+    table = torch.eye(num_classes + 1, device=device)[:, 1:]  # the row of -1 is zero
+    return F.embedding(labels + 1, table)
 
-# %% ../nbs/10_precond.ipynb #bba515f7
+# %% ../nbs/10_precond.ipynb #3e1d5b36
 class EDMPrecond(nn.Module):
     """A network F made into a denoiser D(x; sigma): EDM, eq. 7. Released state dicts fit `model.*`.
 
@@ -163,7 +157,7 @@ class EDMPrecond(nn.Module):
             D(x; sigma), float32 (B, C, H, W)
 
         Raises:
-            ValueError: labels of another type, shape or range, or given to an unconditional network
+            ConfigError: labels of another dtype, shape or range, or given to an unconditional network
         """
         x = x.float()
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
