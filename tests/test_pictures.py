@@ -158,6 +158,15 @@ def test_an_orientation_that_does_not_exist_turns_nothing(value, tmp_path):
     assert np.abs(pictures(tmp_path) - COLOURS.astype(float)).max() <= 2
 
 
+def test_an_orientation_is_heeded_beside_tags_that_make_no_sense(tmp_path):
+    orientation = struct.pack("<HHIHH", 274, 3, 1, 6, 0)
+    resolution = struct.pack("<HHI4s", 282, 2, 2, b"x")  # a fraction, given as text
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + orientation + resolution + bytes(4)
+    for suffix in ("jpg", "png", "webp"):
+        put(tmp_path, f"c/{suffix}.{suffix}", np.rot90(COLOURS).copy(), exif=exif, **PRECISE.get(suffix, {}))
+    assert np.abs(pictures(tmp_path) - COLOURS.astype(float)).max() <= 2
+
+
 # Modes, depths and opacity
 
 CMYK = RNG.integers(0, 256, (N, N, 4), np.uint8)

@@ -166,7 +166,7 @@ def _opened(path):
         reason = " ".join(str(e).split()) or type(e).__name__
         raise FileError(f"{_shown(path)}: not an image that can be read ({reason})") from None
 
-# %% ../../nbs/lab/07_folders.ipynb #fefb3276
+# %% ../../nbs/lab/07_folders.ipynb #61dd9317
 def _is_grey(f) -> bool:
     "Does an opened picture, not yet decoded, say that it has no colours? A palette does not say."
     return f.mode in ("1", "L", "LA", "La") or f.mode.startswith("I;16") or _stored(f).startswith("LA")
@@ -186,7 +186,10 @@ def _in_srgb(f, mode: str):
 def _drawn(f):
     "An opened picture as a viewer shows it: upright, 8 bits, on white; of mode L or RGB."
     stored, mode = _stored(f), "L" if _is_grey(f) else "RGB"
-    f = ImageOps.exif_transpose(f)  # decodes; the reader of tif has turned it then
+    f.load()  # the reader of tif turns it here
+    f.getexif()
+    f.info.pop("exif", None)  # what was parsed is kept; its other tags need not be fit to be written again
+    f = ImageOps.exif_transpose(f)
     info = f.info
     if f.mode.startswith("I;16"):
         f = Image.fromarray((np.asarray(f) >> (4 if stored == "I;12" else 8)).astype(np.uint8))
