@@ -334,7 +334,7 @@ class _FileBar(tqdm):
     def display(self, msg=None, pos=None):
         d, path = self.format_dict, Path(os.environ["GET_NB_PROGRESS"])
         state = dict(desc=self.desc, note=d["postfix"], **{k: d[k] for k in ("n", "total", "rate", "elapsed")})
-        path.with_suffix(".tmp").write_text(json.dumps(state))
+        path.with_suffix(".tmp").write_text(json.dumps(state), encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)
 
 # %% ../../nbs/lab/00_core.ipynb #d19a9b9e
@@ -353,5 +353,5 @@ def progress(iterable=None, total: int | None = None, desc: str = "", initial: i
     where = os.environ.get("GET_NB_PROGRESS")
     kw = dict(total=total, desc=desc, initial=initial, mininterval=0.5)
     if where and where != "off" and is_main():
-        return _FileBar(iterable, file=open(os.devnull, "w"), **kw)
+        return _FileBar(iterable, file=open(os.devnull, "w", encoding="utf-8"), **kw)
     return tqdm(iterable, leave=False, disable=where == "off" or not is_main(), **kw)
