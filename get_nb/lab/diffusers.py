@@ -72,9 +72,9 @@ class DiffusersPrecond(EDMPrecond):
 
 # %% ../../nbs/lab/22_diffusers.ipynb #9d358c35
 _DISCRETE = (
-    "DDPM DDPMParallel DDIM DDIMInverse DDIMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete "
-    "KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverMultistepInverse DPMSolverSinglestep DEISMultistep "
-    "UniPCMultistep"
+    "DDPM DDPMParallel DDIM DDIMInverse DDIMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete "
+    "HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverMultistepInverse "
+    "DPMSolverSinglestep DEISMultistep UniPCMultistep"
 ).split()  # schedulers of DDPM's discrete process; diffusers appends "Scheduler"
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
 _OTHERWISE = dict(  # option -> values under which the network is asked for what we ask it for
