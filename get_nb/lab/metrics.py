@@ -218,7 +218,8 @@ def fd_std(features, statistics: dict, draws: int = 20) -> float:
         distances.append(frechet(fid_features_to_statistics(again), statistics))
     return float(np.std(distances, ddof=1))
 
-# %% ../../nbs/lab/14_metrics.ipynb #78c62b9f
+# %% ../../nbs/lab/14_metrics.ipynb #75aeb62b
+_FEWEST = 10  # images of a set whose distance to another can be measured
 DISTANCES = 5 * 10**7  # held at a time by precision and recall: 0.2 GB, and five times that while they are sorted
 
 
@@ -246,10 +247,13 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
         kid, kid_std, precision and recall (None without reference images)
 
     Raises:
-        ConfigError: the statistics are of another network's features
+        ConfigError: fewer than ten images, or the statistics are of another network's features
     """
     g = generated if isinstance(generated, dict) else network(generated)
     r = dict(statistics=reference) if isinstance(reference, dict) else network.reference(reference)
+    for what, made in (("generated", g), ("reference", r)):
+        n = len(made.get("features", range(_FEWEST)))
+        require(n >= _FEWEST, f"{n} {what} image(s): distances between sets need at least {_FEWEST}")
     own, theirs = fid_features_to_statistics(g["features"]), r["statistics"]
     if own["mu"].shape != theirs["mu"].shape:
         counts = f"{len(theirs['mu'])} features, the network has {len(own['mu'])}"
