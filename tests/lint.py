@@ -248,7 +248,29 @@ def public_names(path):
                 yield from (x.id for t in targets for x in ast.walk(t) if is_stored(x))
 
 
-RULES = (sizes, long_lines, side_effects, docstrings)
+def locale_calls(code):
+    "Lines of code that read or write text in whatever encoding the user's locale has."
+    for n in ast.walk(ast.parse(code)):
+        name = getattr(n.func, "attr", getattr(n.func, "id", "")) if isinstance(n, ast.Call) else ""
+        if name not in ("open", "read_text", "write_text") or any(k.arg in ("encoding", None) for k in n.keywords):
+            continue
+        if name == "open":
+            mode = [*n.args[1:2], *(k.value for k in n.keywords if k.arg == "mode")]
+            binary = mode and isinstance(mode[0], ast.Constant) and "b" in str(mode[0].value)
+            if isinstance(n.func, ast.Name) and not binary:
+                yield n.lineno
+        elif len(n.args) < (1 if name == "read_text" else 2):
+            yield n.lineno
+
+
+def encodings(path):
+    "Text that is read or written in the locale's encoding."
+    for number, c in enumerate(cells(path)):
+        for line in locale_calls(source(c)):
+            yield f'{path.name}: code cell {number}, line {line}: say encoding="utf-8"'
+
+
+RULES = (sizes, long_lines, side_effects, docstrings, encodings)
 
 
 def problems(path):

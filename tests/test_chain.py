@@ -24,7 +24,7 @@ STAGES = load_profile(ROOT, "smoke")
 
 def tables(runs):
     return {
-        p.stem: json.loads(p.read_text())
+        p.stem: json.loads(p.read_text(encoding="utf-8"))
         for p in sorted((runs / "smoke").glob("table_*/*.json"))
         if p.name != "stamp.json" and p.name != "key.json"
     }
@@ -34,9 +34,9 @@ def test_every_stage_leaves_a_stamp_a_page_and_its_products(smoke):
     runs, printed = smoke
     for name, stage in STAGES.items():
         folder = runs / "smoke" / name
-        stamp = json.loads((folder / "stamp.json").read_text())
+        stamp = json.loads((folder / "stamp.json").read_text(encoding="utf-8"))
         assert {"key", "outputs", "seconds", "packages", "hardware", "seed"} <= stamp.keys()
-        assert "</html>" in (folder / "notebook.html").read_text()
+        assert "</html>" in (folder / "notebook.html").read_text(encoding="utf-8")
         assert not (folder / "state").exists() and not (folder / "progress.json").exists()
         wanted = (
             {f"{name}.json"} | ({f"{name}.md"} if name.startswith("table") else {f"{name}.png", f"{name}.svg"})
@@ -64,7 +64,7 @@ UNITS = dict(
 
 def look_up(runs, source):
     stage, path = source.split(":")
-    value = json.loads((runs / "smoke" / stage / "record.json").read_text())
+    value = json.loads((runs / "smoke" / stage / "record.json").read_text(encoding="utf-8"))
     for part in path.split("."):
         value = value[int(part)] if isinstance(value, list) else value[part]
     return value
@@ -154,7 +154,9 @@ def test_kill_9_goes_on_where_it_was_and_ends_the_same(smoke, tmp_path, stage, s
     if stage == "pairs":
         assert (folder / sign).stat().st_mtime_ns == kept  # a finished shard is not touched
     else:
-        assert json.loads((folder / "record.json").read_text())["resumed_at"]  # it did go on from a checkpoint
+        assert json.loads((folder / "record.json").read_text(encoding="utf-8"))[
+            "resumed_at"
+        ]  # it did go on from a checkpoint
     for name, table in tables(runs).items():
         assert compare_table(table, tables(smoke[0])[name]) == "identical (timing apart)"
 
@@ -200,7 +202,9 @@ def clone(smoke, tmp_path_factory):
 def redrawn(clone, tmp_path_factory):
     "Folder of runs with everything drawn again, after the code that made two records changed; and what was printed."
     runs, notebook = tmp_path_factory.mktemp("redrawn"), clone / "nbs/paper/student.ipynb"
-    notebook.write_text(notebook.read_text().replace('\\"student\\")', '\\"pupil\\")', 1))
+    notebook.write_text(
+        notebook.read_text(encoding="utf-8").replace('\\"student\\")', '\\"pupil\\")', 1), encoding="utf-8"
+    )
     done = get_nb("reproduce", "--root", clone, "--profile", "smoke", "--redraw", "--runs", runs)
     assert done.returncode == 0, done.stderr
     return runs, done.stdout
@@ -215,7 +219,7 @@ def published_files(clone):
 
 
 def manifest(clone):
-    return json.loads((clone / "results/smoke/manifest.json").read_text())["stages"]
+    return json.loads((clone / "results/smoke/manifest.json").read_text(encoding="utf-8"))["stages"]
 
 
 def test_the_manifest_lists_what_is_published_and_no_weights_are(clone):
@@ -236,7 +240,7 @@ def test_the_executed_page_of_all_that_draws_is_published_and_names_no_place_or_
         code = [c for c in page.cells if c.cell_type == "code"]
         assert any(o.output_type != "stream" for c in code for o in c.outputs), f"{name}: nothing to see"
         assert all(c.execution_count is None for c in code) and page.metadata.keys() == {"kernelspec"}
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert not any(word in text for word in (str(smoke[0]), str(ROOT), "/home/", "papermill", "duration"))
         assert 'records = "results/smoke/records"' in "\n".join(c.source for c in code)
         assert path.stat().st_size < 300_000
@@ -265,7 +269,7 @@ def test_what_is_redrawn_from_the_same_records_is_published_to_the_same_bytes(cl
 def test_what_has_changed_since_it_was_redrawn_is_not_published(clone, redrawn, tmp_path):
     copy = shutil.copytree(clone, tmp_path / "clone")
     record = copy / "results/smoke/records/evaluate_get/record.json"
-    record.write_text(record.read_text().replace("{", "{ ", 1))
+    record.write_text(record.read_text(encoding="utf-8").replace("{", "{ ", 1), encoding="utf-8")
     before = published_files(copy)
     done = get_nb("publish", "--root", copy, "--profile", "smoke", "--redrawn", "--runs", redrawn[0])
     assert done.returncode == 2 and "is not redrawn (inputs changed: evaluate_get/record.json)" in done.stderr
@@ -302,7 +306,9 @@ def test_sample_and_evaluate_work_on_the_chain_s_checkpoints(smoke, tmp_path):
 def test_ctrl_c_ends_at_once_and_leaves_no_kernel(tmp_path):
     root = demo_clone(tmp_path)
     notebook = root / "nbs/paper/square.ipynb"
-    notebook.write_text(notebook.read_text().replace("i * i", "__import__('time').sleep(600)", 1))
+    notebook.write_text(
+        notebook.read_text(encoding="utf-8").replace("i * i", "__import__('time').sleep(600)", 1), encoding="utf-8"
+    )
     process = subprocess.Popen(
         [*COMMAND, "reproduce", "--profile", "demo", "--root", str(root)],
         cwd=root,
@@ -334,13 +340,15 @@ def test_ctrl_c_ends_at_once_and_leaves_no_kernel(tmp_path):
     ],
 )
 def test_a_stage_depends_on_the_module_of_a_name_however_it_is_imported(code, tmp_path):
-    (tmp_path / "n.ipynb").write_text(json.dumps(dict(cells=[dict(cell_type="code", metadata={}, source=code)])))
+    (tmp_path / "n.ipynb").write_text(
+        json.dumps(dict(cells=[dict(cell_type="code", metadata={}, source=code)])), encoding="utf-8"
+    )
     used = code_hashes(tmp_path / "n.ipynb").keys()
     assert {"notebook", "lab.checkpoints", "lab.core", "layers", "solvers"} <= used
 
 
 def test_every_name_of_the_package_leads_to_its_module():
-    names = ast.parse((ROOT / "get_nb/__init__.pyi").read_text())
+    names = ast.parse((ROOT / "get_nb/__init__.pyi").read_text(encoding="utf-8"))
     for n in names.body:
         if isinstance(n, ast.ImportFrom):
             for a in n.names:

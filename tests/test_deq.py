@@ -269,7 +269,7 @@ def test_a_GET_in_constant_memory_has_the_gradients_of_the_plain_one(how):
 
 
 def test_two_processes_get_the_gradients_of_one_in_every_mode(tmp_path):
-    (tmp_path / "ddp.py").write_text(DDP)
+    (tmp_path / "ddp.py").write_text(DDP, encoding="utf-8")
     command = [
         sys.executable,
         "-m",

@@ -27,11 +27,11 @@ def usage(done, *words):
 
 def profile(tmp_path, **change):
     "A copy of the smoke profile with one stage's spec changed."
-    spec = yaml.safe_load((ROOT / "nbs/paper/profiles/smoke.yaml").read_text())
+    spec = yaml.safe_load((ROOT / "nbs/paper/profiles/smoke.yaml").read_text(encoding="utf-8"))
     for stage, params in change.items():
         spec["stages"][stage]["params"] |= params
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(spec, sort_keys=False))
+    path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -71,7 +71,7 @@ def test_a_wrong_parameter_stops_before_anything_is_written(change, words, tmp_p
 
 
 def test_an_unwritable_runs_folder_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     usage(
         get_nb("reproduce", "--profile", "smoke", "--runs", tmp_path / "file"),
         "cannot write to",
@@ -90,7 +90,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 def test_a_damaged_stamp_is_reported_and_its_stage_runs_again(smoke, tmp_path):
     runs = shutil.copytree(smoke[0], tmp_path / "runs")
-    (runs / "smoke/figure_samples/stamp.json").write_text('{"key": ')
+    (runs / "smoke/figure_samples/stamp.json").write_text('{"key": ', encoding="utf-8")
     done = get_nb("stages", "--profile", "smoke", "--runs", runs)
     assert (
         done.returncode == 0 and "damaged stamp" in done.stdout and done.stdout.count("up to date") == len(STAGES) - 1
@@ -118,6 +118,6 @@ def test_a_missing_record_is_named(tmp_path):
     from get_nb.lab.records import read_record
 
     (tmp_path / "evaluate_get").mkdir()
-    (tmp_path / "evaluate_get/record.json").write_text(json.dumps(dict(stage="evaluate_get")))
+    (tmp_path / "evaluate_get/record.json").write_text(json.dumps(dict(stage="evaluate_get")), encoding="utf-8")
     with pytest.raises(ConfigError, match="did you mean 'evaluate_get'"):
         read_record(tmp_path, "evaluate_gt")

@@ -506,7 +506,7 @@ MANIFESTS = dict(
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifest_that_reaches_outside_of_its_folder_or_is_incomplete_is_refused(name, here):
-    (here / "manifest.json").write_text(json.dumps(dict(kind="pairs", schema=1) | MANIFESTS[name]))
+    (here / "manifest.json").write_text(json.dumps(dict(kind="pairs", schema=1) | MANIFESTS[name]), encoding="utf-8")
     for use in (pairs_info, verify_pairs, PairDataset, lambda f: merge_pairs([f], f / "merged")):
         with pytest.raises(FileError, match="manifest.json: damaged"):
             use(here)

@@ -239,7 +239,7 @@ def test_the_command_imports_each_kind_and_leaves_nothing_behind_when_it_cannot(
         load_checkpoint(tmp_path / "get.safetensors").meta["imported"] == "get.pth"
         and len(PairDataset(tmp_path / "pairs")) == 10
     )
-    (tmp_path / "text.pkl").write_text("hello")
+    (tmp_path / "text.pkl").write_text("hello", encoding="utf-8")
     (tmp_path / "bad.pth").write_bytes((tmp_path / "get.pth").read_bytes()[:-100])
     before = sorted(tmp_path.rglob("*"))
     for args, word in (
@@ -290,8 +290,10 @@ def test_a_diffusers_pipeline_is_a_denoiser_by_the_epsilon_formula(tmp_path):
     )
     with pytest.raises(FileError, match="pickles"):
         load_diffusers(tmp_path / "pipe")
-    config = json.loads((tmp_path / "pipe/unet/config.json").read_text())
-    (tmp_path / "pipe/unet/config.json").write_text(json.dumps(config | dict(_class_name="UNet2DConditionModel")))
+    config = json.loads((tmp_path / "pipe/unet/config.json").read_text(encoding="utf-8"))
+    (tmp_path / "pipe/unet/config.json").write_text(
+        json.dumps(config | dict(_class_name="UNet2DConditionModel")), encoding="utf-8"
+    )
     with pytest.raises(FileError, match="UNet2DConditionModel"):
         load_diffusers(tmp_path / "pipe")
 

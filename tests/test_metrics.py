@@ -370,7 +370,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
     kw = dict(num_classes=10, image_size=8, channels=1)
     save_checkpoint(tmp_path / "get.safetensors", create_model("GET-digits/2", **kw))
     save_checkpoint(tmp_path / "c.safetensors", create_classifier(**kw))
-    (tmp_path / "get_nb_command.py").write_text("from get_nb.lab.cli import main\nmain()\n")
+    (tmp_path / "get_nb_command.py").write_text("from get_nb.lab.cli import main\nmain()\n", encoding="utf-8")
     command = [
         tmp_path / "get_nb_command.py",
         "evaluate",
@@ -394,7 +394,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
         assert (
             done.stderr.count("FD-digits ↓") == 1 and "digits/train" in done.stderr
         )  # one table: the second process prints none
-    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text(encoding="utf-8")) for n in (1, 2))
     for r in (one, two):
         r.pop("ms_per_image")
     assert one == two and one["samples"] == 230 and one["distance"] == "FD-digits" and one["n_iter"] == 4

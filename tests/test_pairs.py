@@ -203,9 +203,9 @@ def test_a_recipe_older_than_a_field_is_not_merged_with_another_value_of_it(whol
     for name, n, first, precision in (("old", 10, 500, "float32"), ("new", 10, 600, "bf16")):
         toy.make(tmp_path / name, n=n, first_seed=first, precision=precision)
     path = tmp_path / "old/manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = json.loads(path.read_text(encoding="utf-8"))
     del manifest["recipe"]["precision"]  # as if it had been made before there was the field
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest), encoding="utf-8")
     for order in (["old", "new"], ["new", "old"]):
         with pytest.raises(FileError, match="made with precision"):
             merge_pairs([tmp_path / f for f in order], tmp_path / "target")

@@ -15,7 +15,7 @@ from get_nb.lab.profiles import load_profile
 from get_nb.lab.core import seed_everything
 from get_nb.lab.checkpoints import create_teacher
 
-PAPER = yaml.safe_load((ROOT / "nbs/paper/profiles/paper.yaml").read_text())
+PAPER = yaml.safe_load((ROOT / "nbs/paper/profiles/paper.yaml").read_text(encoding="utf-8"))
 SMALL = dict(
     classifier=dict(steps=3, batch_size=32, floor_splits=1),
     pairs=dict(n=16, num_steps=2, shard_size=8, batch_size=8),
@@ -28,7 +28,7 @@ SMALL = dict(
 def run_here(stage, parameters, folder, cwd):
     "What papermill does, without a kernel: the cells in order, parameters after theirs."
     names = {}
-    for cell in json.loads(stage.notebook.read_text())["cells"]:
+    for cell in json.loads(stage.notebook.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
             if "parameters" in cell["metadata"].get("tags", []):
@@ -52,7 +52,7 @@ def small_profile(path, files):
         if kind == "import_teacher":
             s["params"]["file"] = str(files / f"{name}.pkl")
     spec["stages"]["pairs_uncond"] = dict(notebook="import_pairs", params=dict(source=str(files / "pairs")))
-    path.write_text(yaml.safe_dump(spec, sort_keys=False))
+    path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -93,12 +93,14 @@ def test_every_stage_of_the_paper_runs_from_imported_teachers_and_pairs_to_table
     names = load_profile(ROOT, "paper").keys()
     assert len(names) >= 30 and all((paper / n / "stamp.json").is_file() for n in names)
     for table, rows in (("table_1_unconditional", 11), ("table_2_conditional", 5), ("table_3_get_vs_vit", 6)):
-        t = json.loads((paper / table / f"{table}.json").read_text())
+        t = json.loads((paper / table / f"{table}.json").read_text(encoding="utf-8"))
         assert len(t["rows"]) >= rows and "cifar10-unverified" in json.dumps(
             t["columns"]
         )  # what was not verified says so
-    assert json.loads((paper / "pairs_uncond/record.json").read_text())["imported"] is True
-    assert json.loads((paper / "teacher_cond/record.json").read_text())["imported"] == "teacher_cond.pkl"
+    assert json.loads((paper / "pairs_uncond/record.json").read_text(encoding="utf-8"))["imported"] is True
+    assert (
+        json.loads((paper / "teacher_cond/record.json").read_text(encoding="utf-8"))["imported"] == "teacher_cond.pkl"
+    )
 
 
 def test_students_of_the_paper_have_the_reference_s_settings():

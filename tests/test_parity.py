@@ -15,8 +15,8 @@ from get_nb.sampler import euler_sample, heun_sample
 from get_nb.lab.checkpoints import create_teacher
 
 DATA = Path(__file__).parent / "data"
-STATE = json.loads((DATA / "reference_state_dicts.json").read_text())
-EDM_STATE = json.loads((DATA / "edm_state_dicts.json").read_text())
+STATE = json.loads((DATA / "reference_state_dicts.json").read_text(encoding="utf-8"))
+EDM_STATE = json.loads((DATA / "edm_state_dicts.json").read_text(encoding="utf-8"))
 OUT = np.load(DATA / "get_reference_outputs.npz")
 
 

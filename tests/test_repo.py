@@ -50,7 +50,9 @@ def test_the_package_is_what_the_notebooks_export(tmp_path):
     here, there = (sorted(p.relative_to(r / "get_nb") for p in (r / "get_nb").rglob("*.py")) for r in (ROOT, tmp_path))
     assert here == there
     for path in here:
-        same = (tmp_path / "get_nb" / path).read_text() == (ROOT / "get_nb" / path).read_text()
+        same = (tmp_path / "get_nb" / path).read_text(encoding="utf-8") == (ROOT / "get_nb" / path).read_text(
+            encoding="utf-8"
+        )
         assert same, f"{path}: run nbdev_export"
     assert not (tmp_path / "pyproject.toml").exists()
 
@@ -60,7 +62,9 @@ def test_cleaning_keeps_tags_and_changes_nothing(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", "nbs"], cwd=tmp_path, check=True)
     for path in [*ROOMS, *PAPER]:
-        assert (tmp_path / path.relative_to(ROOT)).read_text() == path.read_text(), f"{path.name}: run nbdev_clean"
+        assert (tmp_path / path.relative_to(ROOT)).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), (
+            f"{path.name}: run nbdev_clean"
+        )
 
 
 @pytest.mark.parametrize("path", [*ROOMS, *PAPER], ids=lambda p: p.stem)
@@ -73,7 +77,7 @@ def test_a_notebook_is_fit_to_be_read(path):
     assert not re.search(r"(/root/|/home/|/work/|/tmp/)", "".join(json.dumps(c["outputs"]) for c in code)), (
         "an absolute path in the outputs"
     )
-    first = source(json.loads(path.read_text())["cells"][0])
+    first = source(json.loads(path.read_text(encoding="utf-8"))["cells"][0])
     assert first.startswith("# ") and "\n\n> " in first
 
 
@@ -150,7 +154,7 @@ def test_every_name_of_get_nb_is_there_and_explains_itself():
 def test_environment_yml_and_setup_say_what_settings_ini_says():
     cfg = SETTINGS["DEFAULT"]
     wanted = [*cfg["requirements"].split(), *cfg["dev_requirements"].split()]
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert environment["dependencies"][-1]["pip"] == wanted
     assert environment["dependencies"][0] == "python >=3.11,<3.14" and cfg["min_python"] == "3.11"
     assert "tags" in cfg["allowed_cell_metadata_keys"].split()
@@ -159,7 +163,7 @@ def test_environment_yml_and_setup_say_what_settings_ini_says():
 def test_every_requirement_is_pinned():
     pinned = {
         re.split(r"==", line)[0].lower().replace("_", "-")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line
     }
     for requirement in (SETTINGS["DEFAULT"]["requirements"] + " " + SETTINGS["DEFAULT"]["dev_requirements"]).split():

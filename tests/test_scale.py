@@ -153,14 +153,14 @@ def test_a_job_refuses_to_build_on_what_is_not_up_to_date(tmp_path):
 
 
 def test_the_container_and_the_cluster_profile_are_in_step():
-    dockerfile = (ROOT / "Dockerfile").read_text()
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert (
         "PIP_CONSTRAINT=/get_nb/constraints.txt" in dockerfile
         and "constraints.txt" in re.search(r"^COPY (.*)$", dockerfile, re.M)[1]
     )
     version = re.search(r"^FROM python:3\.(\d+)", dockerfile, re.M)[1]
     assert 11 <= int(version) <= 13
-    slurm = yaml.safe_load((ROOT / "workflow/slurm/config.yaml").read_text())
+    slurm = yaml.safe_load((ROOT / "workflow/slurm/config.yaml").read_text(encoding="utf-8"))
     assert slurm["executor"] == "slurm" and slurm["default-resources"]["runtime"] > 0
 
 
@@ -183,8 +183,8 @@ def test_a_benchmark_of_an_unknown_size_is_refused_before_it_starts(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results/bench").glob("bench_*.json")), ids=lambda p: p.stem)
 def test_every_number_of_the_published_benchmark_is_in_its_record(path):
-    table = json.loads(path.read_text())
-    record = json.loads((path.parent / f"record_{path.stem.split('_')[1]}/record.json").read_text())
+    table = json.loads(path.read_text(encoding="utf-8"))
+    record = json.loads((path.parent / f"record_{path.stem.split('_')[1]}/record.json").read_text(encoding="utf-8"))
     for row in table["rows"]:
         for key, cell in row.items():
             if isinstance(cell, dict) and cell["value"] is not None:

@@ -10,7 +10,7 @@ from get_nb.lab.core import ConfigError, torch_rng
 from get_nb.fixed_point import fixed_point_iter
 from get_nb.solvers import SOLVERS, anderson, broyden, solve
 
-GOLDEN = json.loads((Path(__file__).parent / "data/deq_solvers.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent / "data/deq_solvers.json").read_text(encoding="utf-8"))
 
 
 def linear(rho, dtype=torch.float64, n=32, batch=3):

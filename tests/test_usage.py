@@ -143,14 +143,14 @@ def clone(tmp_path):
     "text", ["not json", "[]", '{"stages": 5}', '{"stages": {"teacher": 5}}', '{"stages": {"teacher": {}}}']
 )
 def test_a_damaged_manifest(said, clone, text):
-    (clone / "results/smoke/manifest.json").write_text(text)
+    (clone / "results/smoke/manifest.json").write_text(text, encoding="utf-8")
     assert "damaged manifest" in said(cli.main, "stages", "--root", clone, "--profile", "smoke")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"train_tflop": "a", "seconds": 1, "provenance": 5}'])
 def test_a_damaged_published_record(tmp_path, text):
     (tmp_path / "cpu/records/get").mkdir(parents=True)
-    (tmp_path / "cpu/records/get/record.json").write_text(text)
+    (tmp_path / "cpu/records/get/record.json").write_text(text, encoding="utf-8")
     with pytest.raises(FileError, match="damaged record"):
         measured_rates(tmp_path)
 

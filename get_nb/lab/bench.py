@@ -22,12 +22,12 @@ from ..evaluation import training_cost
 from ..get import GET
 from ..gradients import unroll
 from .checkpoints import create_model, create_teacher
-from .core import autocast, config, require, seed_everything, setup, torch_rng
+from .core import autocast, config, keep_memory, require, seed_everything, setup, torch_rng
 from .counting import LiveMemory, flops
 from .fast import Compiled, Fast
 from .schedule import ema_update
 from .store import PairDataset, save_pairs
-from .timing import fastest_product, keep_memory, paired, product_rate, take_turns, timed
+from .timing import fastest_product, paired, product_rate, take_turns, timed
 from ..pairs import draw_noise
 from ..presets import MODELS, with_options
 from ..sampler import heun_sample

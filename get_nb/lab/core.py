@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileError', 'UnreadableFileError', 'UnsafeFileError',
            'require', 'require_whole', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng', 'torch_rng',
-           'seed_everything', 'setup', 'autocast', 'is_main', 'find_root', 'in_clone', 'progress']
+           'seed_everything', 'keep_memory', 'steady', 'setup', 'autocast', 'is_main', 'find_root', 'in_clone',
+           'progress']
 
-# %% ../../nbs/lab/00_core.ipynb #790b1c44
+# %% ../../nbs/lab/00_core.ipynb #870a25bd
+import ctypes
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -201,7 +204,35 @@ def seed_everything(*names):
     torch.manual_seed(seed_of(*names))
     np.random.seed(seed_of(*names) % 2**32)
 
-# %% ../../nbs/lab/00_core.ipynb #7e6f02a6
+# %% ../../nbs/lab/00_core.ipynb #988c6e36
+@functools.cache
+def keep_memory() -> bool:
+    """Ask the C library to keep freed memory: mallopt's MMAP_THRESHOLD, TRIM_THRESHOLD and TOP_PAD.
+
+    Returns:
+        did it work? Not without glibc
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return all([mallopt(-3, 1 << 30), mallopt(-1, 2**31 - 1), mallopt(-2, 1 << 29)])
+
+
+def steady(device):
+    """Habits of the libraries that no run wants: memory given back at once (CPU), cuDNN's attention (GPU).
+
+    Args:
+        device: on which the run computes
+    """
+    import torch
+
+    if torch.device(device).type == "cpu":
+        keep_memory()
+    else:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+# %% ../../nbs/lab/00_core.ipynb #2bb09e63
 Precision = Literal["float32", "bf16", "fp16"]  # of a forward pass
 
 
@@ -237,6 +268,7 @@ def setup(device: str = "auto", threads: int = 0, tf32: bool = False):
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
+    steady(device)
     return torch.device(device)
 
 # %% ../../nbs/lab/00_core.ipynb #aea1cbb1
@@ -302,7 +334,7 @@ class _FileBar(tqdm):
     def display(self, msg=None, pos=None):
         d, path = self.format_dict, Path(os.environ["GET_NB_PROGRESS"])
         state = dict(desc=self.desc, note=d["postfix"], **{k: d[k] for k in ("n", "total", "rate", "elapsed")})
-        path.with_suffix(".tmp").write_text(json.dumps(state))
+        path.with_suffix(".tmp").write_text(json.dumps(state), encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)
 
 # %% ../../nbs/lab/00_core.ipynb #d19a9b9e
@@ -321,5 +353,5 @@ def progress(iterable=None, total: int | None = None, desc: str = "", initial: i
     where = os.environ.get("GET_NB_PROGRESS")
     kw = dict(total=total, desc=desc, initial=initial, mininterval=0.5)
     if where and where != "off" and is_main():
-        return _FileBar(iterable, file=open(os.devnull, "w"), **kw)
+        return _FileBar(iterable, file=open(os.devnull, "w", encoding="utf-8"), **kw)
     return tqdm(iterable, leave=False, disable=where == "off" or not is_main(), **kw)

@@ -128,7 +128,7 @@ def _read_part(folder: Path, part: str, name: str) -> dict:
     path = _first_file(folder, part, name)
     require(path is not None, f"{folder}: not a diffusers pipeline: it has no {part}/{name}", FileError)
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise FileError(f"{path}: not a json object ({e})") from None
     require(isinstance(config, dict), f"{path}: not a json object", FileError)

@@ -167,4 +167,4 @@ def save_figure(fig, folder, stem: str, data: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fig.savefig(folder / f"{stem}.png", bbox_inches="tight", metadata={"Software": None})
     fig.savefig(folder / f"{stem}.svg", bbox_inches="tight", metadata={"Date": None})
-    (folder / f"{stem}.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    (folder / f"{stem}.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")

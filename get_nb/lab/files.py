@@ -50,7 +50,7 @@ def write_json(path, value):
         value: what json can express, without NaN
     """
     with atomic_path(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        tmp.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def sha256_file(path) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['launch', 'notebook_parameters', 'run_notebook', 'launch_main']
 
-# %% ../../nbs/lab/38_launch.ipynb #c27c6c7d
+# %% ../../nbs/lab/38_launch.ipynb #f87555a1
 import contextlib
 import os
 import socket
@@ -13,10 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
 
 from .core import ConfigError, FileError, in_clone, is_main, nearest, require
-from .parameters import check_parameters, declared_parameters
+from .parameters import check_parameters, declared_parameters, read_yaml
 from .state import TrainingError
 
 # %% ../../nbs/lab/38_launch.ipynb #3a88807d
@@ -35,17 +34,16 @@ def launch(function, args=(), processes: int = 2):
         port = str(s.getsockname()[1])
     notebook_launcher(function, args=args, num_processes=processes, use_port=port)
 
-# %% ../../nbs/lab/38_launch.ipynb #08d9d865
+# %% ../../nbs/lab/38_launch.ipynb #f9e5e7d1
 def _read_values(texts: dict) -> dict:
     "Parameters from the command line, where they are yaml."
     values = {}
     for name, text in texts.items():
         try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(
-                f"parameter {name}: {text!r} is not yaml; quote what has brackets or braces, e.g. {name}='{{a: 1}}'"
-            ) from None
+            values[name] = read_yaml(text, f"parameter {name}")
+        except ConfigError as e:
+            hint = f"quote what has brackets or braces, e.g. {name}='{{a: 1}}'"
+            raise ConfigError(f"{e}; {hint}") from None
     return values
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StageError', 'execute', 'run_stage', 'cores_of', 'runs_folder', 'run_profile']
 
-# %% ../../nbs/lab/39_pipeline.ipynb #0a4f6d98
+# %% ../../nbs/lab/39_pipeline.ipynb #d4acf220
 import contextlib
 import functools
 import json
@@ -22,7 +22,7 @@ from queue import Empty, SimpleQueue
 from filelock import FileLock, Timeout
 from tqdm.std import tqdm
 
-from .core import ConfigError
+from .core import ConfigError, require
 from .files import atomic_path, write_json
 from .profiles import Stage, load_profile, select_stages
 from .records import provenance
@@ -58,19 +58,18 @@ def _write_html(notebook: Path):
     if not notebook.is_file():
         return
     page, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_filename(str(notebook))
-    notebook.with_suffix(".html").write_text(page)
+    notebook.with_suffix(".html").write_text(page, encoding="utf-8")
 
-# %% ../../nbs/lab/39_pipeline.ipynb #ba2463c6
+# %% ../../nbs/lab/39_pipeline.ipynb #c95f0677
 def _papermill(source: Path, notebook: Path, parameters: dict, cwd: Path, env: dict, log: Path):
     "Execute a notebook in a kernel with this environment; what the kernel writes to stderr goes to `log`."
     import papermill
 
     logging.getLogger("papermill").setLevel(logging.ERROR)  # its check of parameters only warns; ours has refused
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this environment, whatever kernels the user has
-    with open(log, "w") as stderr:
+    with open(log, "w", encoding="utf-8") as stderr:
         papermill.execute_notebook(
-            str(source),
-            str(notebook),
+            *(str(p).replace("{", "{{").replace("}", "}}") for p in (source, notebook)),  # papermill formats them
             parameters,
             engine_name="get_nb",
             kernel_name="python3",
@@ -116,18 +115,30 @@ def execute(stage: Stage, parameters: dict, folder: Path, cwd: Path):
         with contextlib.suppress(Exception):
             _write_html(notebook)  # for reading; no reason to hide why the stage failed
 
-# %% ../../nbs/lab/39_pipeline.ipynb #eec1d825
+# %% ../../nbs/lab/39_pipeline.ipynb #0d54cca1
+def _empty(folder: Path):
+    "Remove what a folder holds. A folder that is a link stays one; links inside it are removed, not followed."
+    if folder.is_symlink() or folder.exists():
+        there = folder.is_dir()
+        require(there, f"{folder} is in the way: it is no folder, or a link to none; remove it", StageError)
+        for p in folder.iterdir():
+            if p.is_dir() and not p.is_symlink():
+                shutil.rmtree(p)
+            else:
+                p.unlink()
+
+
 def _prepare_folder(folder: Path, key: dict, fresh: bool):
     "Keep a half-finished stage with the same key; else start with an empty folder."
     path, text = folder / "key.json", json.dumps(key, sort_keys=True)
-    resume = not fresh and path.is_file() and path.read_text() == text
+    resume = not fresh and path.is_file() and path.read_text(encoding="utf-8") == text
     if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
+        _empty(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "stamp.json").unlink(missing_ok=True)
     if not resume:
         with atomic_path(path) as tmp:
-            tmp.write_text(text)
+            tmp.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -180,7 +191,7 @@ def run_stage(stage: Stage, key: dict, root: Path, runs: Path, fresh: bool = Fal
 def _stamp(stage: Stage, key: dict, folder: Path, seconds: float) -> dict:
     "What a finished stage depended on, what it made, and on which machine."
     record = folder / "record.json"
-    made_by = json.loads(record.read_text())["provenance"] if record.is_file() else provenance()
+    made_by = json.loads(record.read_text(encoding="utf-8"))["provenance"] if record.is_file() else provenance()
     stamp = dict(stage=stage.name, notebook=stage.notebook.stem, key=key, seed=stage.params.get("seed"))
     return stamp | dict(seconds=seconds) | made_by | dict(outputs=stage_outputs(folder))
 
@@ -283,7 +294,7 @@ def _progress_text(folder: Path, label: str) -> str:
         label, step, time left and loss
     """
     try:
-        s = json.loads((folder / "progress.json").read_text())
+        s = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return label
     left = f", {tqdm.format_interval((s['total'] - s['n']) / s['rate'])} left" if s["total"] and s["rate"] else ""

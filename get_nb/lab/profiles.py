@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIRING', 'demo_clone', 'Stage', 'load_profile', 'select_stages']
 
-# %% ../../nbs/lab/36_profiles.ipynb #e6e77020
+# %% ../../nbs/lab/36_profiles.ipynb #ec7829ef
 import json
 import re
 from dataclasses import dataclass, field
@@ -13,12 +13,11 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from .core import ConfigError, explain, nearest, require
-from .parameters import accepts, check_parameters, declared_parameters
+from .parameters import accepts, check_parameters, declared_parameters, read_yaml
 
 # %% ../../nbs/lab/36_profiles.ipynb #bd713c62
 _IMPORTS = """
@@ -27,7 +26,7 @@ from pydantic import PositiveInt
 from get_nb.lab.records import Column, cell, read_record, save_record, save_table
 """
 _SQUARES = """
-(Path(out) / "squares.txt").write_text(str([i * i for i in range(n)]))
+(Path(out) / "squares.txt").write_text(str([i * i for i in range(n)]), encoding="utf-8")
 save_record(out, dict(total=sum(i * i for i in range(n))))
 """
 _TABLE = """
@@ -69,9 +68,9 @@ def demo_clone(root: Path) -> Path:
     (root / "settings.ini").touch()
     square = _demo_notebook('out: str = ""\nn: PositiveInt = 3  # how many numbers', _SQUARES)
     table = _demo_notebook('out: str = ""\nrows: dict = {}\nrecords: str = ""', _TABLE)
-    (paper / "square.ipynb").write_text(json.dumps(square))
-    (paper / "table_sum.ipynb").write_text(json.dumps(table))
-    (paper / "profiles/demo.yaml").write_text(_PROFILE)
+    (paper / "square.ipynb").write_text(json.dumps(square), encoding="utf-8")
+    (paper / "table_sum.ipynb").write_text(json.dumps(table), encoding="utf-8")
+    (paper / "profiles/demo.yaml").write_text(_PROFILE, encoding="utf-8")
     return root
 
 # %% ../../nbs/lab/36_profiles.ipynb #31297875
@@ -180,7 +179,7 @@ def _check_shape(where: str, model, spec: dict):
     except ValidationError as e:
         raise ConfigError(f"{where}: {explain(e)}") from None
 
-# %% ../../nbs/lab/36_profiles.ipynb #6fdc57dd
+# %% ../../nbs/lab/36_profiles.ipynb #c7c52d54
 def _read_profile(root: Path, name: str) -> tuple:
     "The yaml of a profile, by name or by path; -> file, mapping."
     path = Path(name) if name.endswith(".yaml") else root / "nbs/paper/profiles" / f"{name}.yaml"
@@ -188,9 +187,9 @@ def _read_profile(root: Path, name: str) -> tuple:
         known = [p.stem for p in (root / "nbs/paper/profiles").glob("*.yaml")]
         raise ConfigError(f"unknown profile {name!r}{nearest(name, known)}")
     try:
-        spec = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as e:
-        raise ConfigError(f"{path}: not yaml: {' '.join(str(e).split())}") from None
+        spec = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: not yaml: {e}") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("stages"), dict):
         raise ConfigError(f"{path}: needs a mapping 'stages'")
     _check_shape(path, _ProfileSpec, spec)

@@ -88,7 +88,9 @@ def compare_tables(runs: Path, results: Path, stages=None) -> str:
     for path in sorted(p for p in runs.glob("table_*/table_*.json") if stages is None or p.stem in stages):
         published, verdict = results / "tables" / path.name, "not published yet"
         if published.is_file():
-            verdict = compare_table(json.loads(path.read_text()), json.loads(published.read_text()))
+            verdict = compare_table(
+                json.loads(path.read_text(encoding="utf-8")), json.loads(published.read_text(encoding="utf-8"))
+            )
         lines.append(f"{path.stem}: {verdict}  ({path.with_suffix('.md')})")
     return "\n".join(lines) or "no tables in this selection"
 

@@ -26,7 +26,7 @@ _PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "torch-fidelity", "
 def cpu_name() -> str:
     "The processor's name, as the system gives it."
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -67,7 +67,7 @@ def save_record(folder, values: dict, **arrays) -> dict:
         return record
     if arrays:
         np.savez_compressed(folder / "record.npz", **arrays)
-    (folder / "record.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    (folder / "record.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return record
 
 # %% ../../nbs/lab/20_records.ipynb #1dfe5bef
@@ -89,7 +89,7 @@ def read_record(base, stage: str) -> dict:
     if not path.is_file():
         recorded = [p.parent.name for p in base.glob("*/record.json")]
         raise ConfigError(f"{path}: no record of stage {stage!r}{nearest(stage, recorded)}")
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     if path.with_suffix(".npz").is_file():
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as f:
             record["arrays"] = dict(f)
@@ -204,6 +204,6 @@ def save_table(folder, stem: str, title: str, columns: list, rows: list, notes=(
     table = dict(title=title, columns=described, rows=rows, notes=list(notes))
     folder = in_clone(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(json.dumps(table, indent=1, allow_nan=False) + "\n")
-    (folder / f"{stem}.md").write_text(table_markdown(table))
+    (folder / f"{stem}.json").write_text(json.dumps(table, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(table_markdown(table), encoding="utf-8")
     return table_markdown(table)

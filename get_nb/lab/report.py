@@ -120,7 +120,7 @@ def read_published(root=None) -> dict:
     Raises:
         ConfigError: a figure has no source, or there is no clone
     """
-    table = yaml.safe_load((find_root(root) / "nbs/paper/published.yaml").read_text())
+    table = yaml.safe_load((find_root(root) / "nbs/paper/published.yaml").read_text(encoding="utf-8"))
     for key, figure in table.items():
         require(figure.get("source"), f"published.yaml: {key} has no source")
     return table

@@ -52,7 +52,7 @@ _PACKAGE = Path(get_nb.__file__).parent
 @functools.cache
 def _lazy_names() -> dict:
     "The names that `import get_nb` gives -> the module that defines them, from the package's stub."
-    stub = ast.parse((_PACKAGE / "__init__.pyi").read_text())
+    stub = ast.parse((_PACKAGE / "__init__.pyi").read_text(encoding="utf-8"))
     return {a.name: n.module for n in stub.body if isinstance(n, ast.ImportFrom) for a in n.names}
 
 
@@ -119,7 +119,7 @@ def code_hashes(notebook: Path) -> dict:
     todo = set(imported_modules(source))
     while todo:
         module = todo.pop()
-        text = _module_file(module).read_text()
+        text = _module_file(module).read_text(encoding="utf-8")
         out[module] = code_hash(text)
         package = ".".join(["get_nb", *module.split(".")[:-1]])
         todo |= imported_modules(text, package) - out.keys()
@@ -175,7 +175,7 @@ def read_stamp(folder: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        stamp = json.loads(path.read_text())
+        stamp = json.loads(path.read_text(encoding="utf-8"))
         complete = {"key", "outputs"} <= stamp.keys()
     except (ValueError, AttributeError):
         complete = False
@@ -200,7 +200,7 @@ def read_manifest(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        stages = json.loads(path.read_text())["stages"]
+        stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
         complete = all("seconds" in entry for entry in stages.values())
     except (ValueError, KeyError, TypeError, AttributeError):
         complete = False

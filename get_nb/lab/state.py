@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 import get_nb
-from .core import FileError, UnreadableFileError, require
+from .core import FileError, UnreadableFileError, require, steady
 from .files import load_tensors, optimizer_tensors, part_of, restore_optimizer, save_tensors
 from .schedule import OPERATION, TrainConfig
 
@@ -189,6 +189,7 @@ def start_run(method: Method, cfg: TrainConfig, state_dir=None, identity: dict =
         Path(state_dir).mkdir(parents=True, exist_ok=True)
     model = method.networks[method.averaged]
     device = next(model.parameters()).device
+    steady(device)
     processes = Processes(device)
     for network in method.networks.values():
         network.train()

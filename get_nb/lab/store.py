@@ -65,7 +65,7 @@ def read_pairs_manifest(folder) -> dict:
     path = Path(folder) / "manifest.json"
     require(path.is_file(), f"{path}: no such file: {folder} is not a finished folder of pairs", FileError)
     try:
-        m = json.loads(path.read_text())
+        m = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as e:
         raise FileError(f"{path}: not json ({e}); generate the pairs again, finished shards are kept") from None
     ours = isinstance(m, dict) and m.get("kind") == "pairs" and m.get("schema") == 1
@@ -182,7 +182,7 @@ def remembered_digests(folder: Path, afresh: bool = False):
     """
     path = folder / ".verified.json"
     try:
-        known = {} if afresh else dict(json.loads(path.read_text()))
+        known = {} if afresh else dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         known = {}
     before = dict(known)

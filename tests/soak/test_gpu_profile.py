@@ -44,10 +44,12 @@ def shrunk(profile):
 
 def test_every_stage_of_the_gpu_profile_runs(tmp_path):
     path = tmp_path / "gpu-small.yaml"
-    path.write_text(yaml.safe_dump(shrunk("gpu"), sort_keys=False))
+    path.write_text(yaml.safe_dump(shrunk("gpu"), sort_keys=False), encoding="utf-8")
     done = get_nb("reproduce", "--profile", path, "--runs", tmp_path / "runs")
     assert done.returncode == 0, done.stderr
     stages = load_profile(ROOT, str(path))
     assert all((tmp_path / "runs/gpu-small" / name / "stamp.json").is_file() for name in stages)
-    table = json.loads((tmp_path / "runs/gpu-small/table_3_get_vs_vit/table_3_get_vs_vit.json").read_text())
+    table = json.loads(
+        (tmp_path / "runs/gpu-small/table_3_get_vs_vit/table_3_get_vs_vit.json").read_text(encoding="utf-8")
+    )
     assert [r["method"] for r in table["rows"]] == list(stages["table_3_get_vs_vit"].rows)

@@ -32,7 +32,10 @@ def reproduce(runs, *args):
 def tables(runs):
     from get_nb.lab.publishing import untimed
 
-    return {p.stem: untimed(json.loads(p.read_text())) for p in sorted((runs / PROFILE).glob("table_*/table_*.json"))}
+    return {
+        p.stem: untimed(json.loads(p.read_text(encoding="utf-8")))
+        for p in sorted((runs / PROFILE).glob("table_*/table_*.json"))
+    }
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def report(name, **values):
     out = Path(os.environ.get("SOAK_OUT", ROOT / "results/soak"))
     out.mkdir(parents=True, exist_ok=True)
     values |= dict(seed=SEED, python=platform.python_version(), torch=torch.__version__, cores=os.cpu_count())
-    (out / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(values))
 
 
@@ -208,7 +208,11 @@ class Free(torch.nn.Module):
 
 def memory():
     "Anonymous memory of this process, MB (what a file lends to the page cache is not counted)."
-    return next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return next(
+        int(line.split()[1]) // 1024
+        for line in open("/proc/self/status", encoding="utf-8")
+        if line.startswith("RssAnon")
+    )
 
 
 def test_reading_speed_and_memory_are_measured(tmp_path):
