@@ -7,8 +7,8 @@ import torch
 
 from get_nb.lab.core import ConfigError
 from get_nb.lab.checkpoints import create_model, create_teacher
-from get_nb.lab.classifier import Classifier
 from get_nb.lab.metrics import _FEWEST as FEWEST
+from get_nb.lab.classifier import create_classifier
 from get_nb.lab.files import save_checkpoint
 from get_nb.lab.metrics import compare, load_features
 
@@ -90,5 +90,5 @@ def test_sets_of_one_image_repeated_have_a_distance(digit_features):
 def digit_features(tmp_path_factory):
     path = tmp_path_factory.mktemp("features") / "classifier.safetensors"
     torch.manual_seed(0)
-    save_checkpoint(path, CLASSIFIER())
+    save_checkpoint(path, create_classifier(num_classes=10, image_size=8, channels=1))
     return load_features(path)

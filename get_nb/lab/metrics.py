@@ -228,7 +228,7 @@ def fd_std(features, statistics: dict, draws: int = 20) -> float:
         distances.append(frechet(fid_features_to_statistics(again), statistics))
     return float(np.std(distances, ddof=1))
 
-# %% ../../nbs/lab/14_metrics.ipynb #1143139c
+# %% ../../nbs/lab/14_metrics.ipynb #d0632c82
 _FEWEST = 10  # images of a set whose distance to another can be measured
 DISTANCES = 5 * 10**7  # held at a time by precision and recall: 0.2 GB, and five times that while they are sorted
 
@@ -257,8 +257,8 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
         kid, kid_std, precision and recall (None without reference images)
 
     Raises:
-        ConfigError: a set has fewer than ten images or is not of bytes, the two differ in size or channels, or the statistics are of another
-            network's features
+        ConfigError: a set has fewer than ten images or is not of bytes, the two differ in size or channels, or the
+            statistics are of another network's features
     """
     if isinstance(generated, torch.Tensor) and isinstance(reference, torch.Tensor):
         check_bytes("generated images", generated)
