@@ -13,10 +13,10 @@ from get_nb.lab.files import save_checkpoint
 from get_nb.lab.metrics import compare, load_features
 
 
-def built(make):
+def built(make, *args, **kw):
     "What was built, or None after a refusal of one line by us."
     try:
-        return make()
+        return make(*args, **kw)
     except ConfigError as e:
         assert "\n" not in str(e) and len(str(e)) < 250
         return None
@@ -30,7 +30,7 @@ DIMS = (1, 2, 4, 6, 8, 12, 24, 33, 64, 66)
 def test_a_width_that_cannot_be_split_is_refused_when_built_not_when_called(name):
     made = set()
     for dim, heads in itertools.product(DIMS, (1, 2, 3, 4, 5)):
-        model = built(lambda: create_model(name, image_size=8, channels=1, dim=dim, heads=heads, depth=1))
+        model = built(create_model, name, image_size=8, channels=1, dim=dim, heads=heads, depth=1)
         if model is not None:
             made.add((dim, heads))
             assert model(torch.randn(1, 1, 8, 8)).shape == (1, 1, 8, 8)
@@ -39,7 +39,7 @@ def test_a_width_that_cannot_be_split_is_refused_when_built_not_when_called(name
 
 @pytest.mark.parametrize("size, patch", [(8, 3), (8, 16), (9, 2), (7, 4), (8, 8)])
 def test_images_that_are_no_whole_number_of_patches_are_refused(size, patch):
-    model = built(lambda: create_model("ViT-digits/2", image_size=size, channels=1, patch=patch, depth=1))
+    model = built(create_model, "ViT-digits/2", image_size=size, channels=1, patch=patch, depth=1)
     assert (model is not None) == (size % patch == 0 and size >= patch)
 
 
@@ -48,11 +48,8 @@ def test_images_that_are_no_whole_number_of_patches_are_refused(size, patch):
 def test_a_unet_whose_widths_have_no_groups_is_refused_when_built(variant):
     made = set()
     for base, mult in itertools.product((1, 4, 6, 8, 16, 24, 32, 40, 48, 64), ((1,), (1, 2), (2, 2), (1, 3))):
-        teacher = built(
-            lambda: create_teacher(
-                "unet-digits", image_size=8, channels=1, base=base, mult=mult, blocks=1, variant=variant
-            )
-        )
+        sizes = dict(base=base, mult=mult, blocks=1, variant=variant)
+        teacher = built(create_teacher, "unet-digits", image_size=8, channels=1, **sizes)
         if teacher is not None:
             made.add((base, mult))
             assert teacher(torch.randn(1, 1, 8, 8), 1.0).isfinite().all()
@@ -64,7 +61,7 @@ def test_a_unet_whose_widths_have_no_groups_is_refused_when_built(variant):
 
 @pytest.mark.parametrize("size, mult", [(8, ()), (8, (0,)), (6, (1, 1, 1)), (8, (1,) * 5), (7, (1, 1)), (1, (1, 1))])
 def test_a_unet_that_does_not_fit_the_image_is_refused_when_built(size, mult):
-    assert built(lambda: create_teacher("unet-digits", image_size=size, channels=1, base=8, mult=mult)) is None
+    assert built(create_teacher, "unet-digits", image_size=size, channels=1, base=8, mult=mult) is None
 
 
 @pytest.mark.parametrize("n, m", [(0, 20), (1, 20), (2, 20), (FEWEST - 1, 20), (20, 1), (20, FEWEST - 1), (1, 1)])

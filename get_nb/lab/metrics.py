@@ -228,7 +228,7 @@ def fd_std(features, statistics: dict, draws: int = 20) -> float:
         distances.append(frechet(fid_features_to_statistics(again), statistics))
     return float(np.std(distances, ddof=1))
 
-# %% ../../nbs/lab/14_metrics.ipynb #d0632c82
+# %% ../../nbs/lab/14_metrics.ipynb #6a3d4d52
 _FEWEST = 10  # images of a set whose distance to another can be measured
 DISTANCES = 5 * 10**7  # held at a time by precision and recall: 0.2 GB, and five times that while they are sorted
 
@@ -265,11 +265,11 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
         check_bytes("reference images", reference)
         sizes = [tuple(v.shape[1:]) for v in (generated, reference)]
         require(sizes[0] == sizes[1], f"images of {_size(sizes[0])} are not compared with images of {_size(sizes[1])}")
+    for what, given in (("generated", generated), ("reference", reference)):
+        n = len(given.get("features", range(_FEWEST)) if isinstance(given, dict) else given)
+        require(n >= _FEWEST, f"{n} {what} image(s): distances between sets need at least {_FEWEST}")
     g = generated if isinstance(generated, dict) else network(generated)
     r = dict(statistics=reference) if isinstance(reference, dict) else network.reference(reference)
-    for what, made in (("generated", g), ("reference", r)):
-        n = len(made.get("features", range(_FEWEST)))
-        require(n >= _FEWEST, f"{n} {what} image(s): distances between sets need at least {_FEWEST}")
     own, theirs = fid_features_to_statistics(g["features"]), r["statistics"]
     if own["mu"].shape != theirs["mu"].shape:
         counts = f"{len(theirs['mu'])} features, the network has {len(own['mu'])}"
