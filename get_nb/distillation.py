@@ -169,7 +169,7 @@ def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, dist
     labels = batch["label"].to(device) if model.config["num_classes"] else None
     return distill_loss(formulation or model, noise, labels, image, cfg, n_iter, distance)
 
-# %% ../nbs/31_distillation.ipynb #72df845d
+# %% ../nbs/31_distillation.ipynb #64d14c8b
 def distill(
     model,
     pairs,
@@ -196,7 +196,7 @@ def distill(
         averaged model (eval mode), history as `train` returns it
 
     Raises:
-        ConfigError: cfg cannot be met: see distill_loss and iterations_at
+        ConfigError: cfg cannot be met (see distill_loss and iterations_at), or the pairs have other classes
     """
 
     def loss_fn(net, step, share):
@@ -206,6 +206,9 @@ def distill(
         n = iterations_at(cfg, step, train_cfg.steps, train_cfg.seed)
         return pairs_loss(model, pairs, index, cfg, n, distance, formulation)
 
+    classes, known = model.config["num_classes"], getattr(pairs, "num_classes", None)
+    fits = not classes or known is None or 0 < known <= classes
+    require(fits, f"the student has {classes} classes, the pairs {known}: labels would be missing or out of range")
     digests = [s["sha256"] for s in pairs.manifest["shards"]]
     identity = dict(distill=asdict(cfg), model=model.config, pairs=digests)
     return train(model, loss_fn, train_cfg, state_dir, identity, model.config["name"])

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from get_nb import create_model, create_teacher, equilibrium, euler_sample, heun_sample, solve, unroll, unroll_constant
+from get_nb.distillation import DistillConfig, distill
 from get_nb.evaluation import EvalConfig, evaluate
 from get_nb.fixed_point import or_nan
 from get_nb.get import GET, GETConfig
@@ -27,6 +28,7 @@ from get_nb.lab.files import load_tensors, save_checkpoint, save_tensors, sha256
 from get_nb.lab.generation import generate_pairs
 from get_nb.lab.images import ImageSet, to_float, to_uint8
 from get_nb.lab.metrics import compare, copy_share, load_features, nearest_training
+from get_nb.lab.schedule import TrainConfig
 from get_nb.lab.store import PairDataset, save_pairs, verify_pairs
 from get_nb.pairs import PairsConfig, draw_noise
 from get_nb.precond import IdealDenoiser
@@ -622,3 +624,13 @@ def test_weights_that_are_not_numbers_are_refused_when_they_are_loaded(value, tm
         with pytest.raises(SystemExit) as e:
             main(["sample", str(path), "--out", str(tmp_path / "x.png")])
         assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "x.png").exists()
+
+
+def test_a_student_of_other_classes_than_its_pairs_is_refused(tmp_path):
+    save_pairs(tmp_path, **arrays(8))
+    pairs, steps = PairDataset(tmp_path), TrainConfig(steps=1, batch_size=4)
+    shape = dict(image_size=8, channels=1, dim=16, heads=2, depth=1)
+    with pytest.raises(ConfigError, match="the student has 2 classes, the pairs 3"):
+        distill(create_model("ViT-digits/2", num_classes=2, **shape), pairs, DistillConfig(), steps)
+    for classes in (0, 3):
+        distill(create_model("ViT-digits/2", num_classes=classes, **shape), pairs, DistillConfig(), steps)
