@@ -229,7 +229,7 @@ def fd_std(features, statistics: dict, draws: int = 20) -> float:
     return float(np.std(distances, ddof=1))
 
 # %% ../../nbs/lab/14_metrics.ipynb #6a3d4d52
-_FEWEST = 10  # images of a set whose distance to another can be measured
+_FEWEST = 4  # images of a set that has precision and recall: a third-nearest neighbour in each
 DISTANCES = 5 * 10**7  # held at a time by precision and recall: 0.2 GB, and five times that while they are sorted
 
 
@@ -257,7 +257,7 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
         kid, kid_std, precision and recall (None without reference images)
 
     Raises:
-        ConfigError: a set has fewer than ten images or is not of bytes, the two differ in size or channels, or the
+        ConfigError: a set has too few images or is not of bytes, the two differ in size or channels, or the
             statistics are of another network's features
     """
     if isinstance(generated, torch.Tensor) and isinstance(reference, torch.Tensor):
