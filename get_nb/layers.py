@@ -73,7 +73,7 @@ def unpatchify(tokens, patch: int, channels: int):
     x = tokens.reshape(B, n, n, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(B, channels, n * patch, n * patch)
 
-# %% ../nbs/20_layers.ipynb #d0fc912b
+# %% ../nbs/20_layers.ipynb #1f78e139
 def sincos_1d(n: int, dim: int):
     """Sine-cosine code of a position; computed in float64.
 
@@ -86,7 +86,7 @@ def sincos_1d(n: int, dim: int):
     """
     omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
     angle = torch.outer(torch.arange(n, dtype=torch.float64, device="cpu"), omega)
-    return torch.cat([angle.sin(), angle.cos()], 1).float()
+    return torch.cat([angle.sin(), angle.cos()], 1).float().to(torch.get_default_device())
 
 
 def sincos_2d(n: int, dim: int):
