@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['correction_weights', 'DistillConfig', 'distill_loss', 'iterations_at', 'pairs_loss', 'distill']
 
-# %% ../nbs/31_distillation.ipynb #245779c1
+# %% ../nbs/31_distillation.ipynb #c0a40de4
 from dataclasses import asdict
 from typing import Literal
 
@@ -145,7 +145,7 @@ def iterations_at(cfg: DistillConfig, step: int, steps: int, seed: int = 0) -> i
         return low + (high - low + 1) * step // steps
     return low
 
-# %% ../nbs/31_distillation.ipynb #33d720e6
+# %% ../nbs/31_distillation.ipynb #6996ca45
 def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, distance=None, formulation=None):
     """The correction loss on some of the stored pairs.
 
@@ -169,7 +169,7 @@ def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, dist
     labels = send(batch["label"], device) if model.config["num_classes"] else None
     return distill_loss(formulation or model, noise, labels, image, cfg, n_iter, distance)
 
-# %% ../nbs/31_distillation.ipynb #72df845d
+# %% ../nbs/31_distillation.ipynb #64d14c8b
 def distill(
     model,
     pairs,
@@ -196,7 +196,7 @@ def distill(
         averaged model (eval mode), history as `train` returns it
 
     Raises:
-        ConfigError: cfg cannot be met: see distill_loss and iterations_at
+        ConfigError: cfg cannot be met (see distill_loss and iterations_at), or the pairs have other classes
     """
 
     def loss_fn(net, step, share):
@@ -206,6 +206,9 @@ def distill(
         n = iterations_at(cfg, step, train_cfg.steps, train_cfg.seed)
         return pairs_loss(model, pairs, index, cfg, n, distance, formulation)
 
+    classes, known = model.config["num_classes"], getattr(pairs, "num_classes", None)
+    fits = not classes or known is None or 0 < known <= classes
+    require(fits, f"the student has {classes} classes, the pairs {known}: labels would be missing or out of range")
     digests = [s["sha256"] for s in pairs.manifest["shards"]]
     identity = dict(distill=asdict(cfg), model=model.config, pairs=digests)
     return train(model, loss_fn, train_cfg, state_dir, identity, model.config["name"])

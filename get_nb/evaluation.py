@@ -6,7 +6,7 @@
 __all__ = ['generate', 'sample_seeds', 'sample_images', 'cost', 'training_cost', 'EvalConfig', 'measure', 'family', 'protocol',
            'evaluate']
 
-# %% ../nbs/32_evaluation.ipynb #b373ee1f
+# %% ../nbs/32_evaluation.ipynb #aa7fb396
 import statistics
 import time
 from typing import Literal
@@ -16,9 +16,9 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from .distillation import DistillConfig, distill_loss
 from .get import GET
-from .lab.core import EVAL_SEED, Ints, autocast, config, progress
+from .lab.core import EVAL_SEED, Ints, autocast, config, progress, require
 from .lab.counting import flops, kept_bytes
-from .lab.images import ImageSet, to_uint8
+from .lab.images import ImageSet, check_bytes, finite_bytes
 from .lab.metrics import FeatureNetwork, compare, copy_share
 from .pairs import draw_noise
 from .precond import EDMPrecond
@@ -52,12 +52,17 @@ def generate(
             return run(noise, labels, n_iter=n_iter)
         return run(noise, labels)
 
-# %% ../nbs/32_evaluation.ipynb #a5320db1
+# %% ../nbs/32_evaluation.ipynb #b9966627
+def _shape(model) -> tuple:
+    "(C, H, W) of a model's images."
+    c = model.config
+    return c["channels"], c["image_size"], c["image_size"]
+
+
 def _start(model, seeds: range, conditional: bool = True):
     "What a model starts from: noise (n, C, H, W), and labels int64 (n,) or None if it takes none."
-    c = model.config
-    classes = c["num_classes"] if conditional else 0
-    noise, labels = draw_noise(seeds, (c["channels"], c["image_size"], c["image_size"]), classes)
+    classes = model.config["num_classes"] if conditional else 0
+    noise, labels = draw_noise(seeds, _shape(model), classes)
     return noise, labels if classes else None
 
 
@@ -72,12 +77,15 @@ def sample_seeds(model, seeds: range, conditional: bool = True, **how):
 
     Returns:
         images uint8 (n, C, H, W), labels int64 (n,), -1 where there is none, ms per image
+
+    Raises:
+        ConfigError: an image is not finite; the message says how many, and of which seeds
     """
     device = next(model.parameters()).device
     noise, labels = _start(model, seeds, conditional)
     began = time.perf_counter()
     images = generate(model, noise.to(device), None if labels is None else labels.to(device), **how)
-    images = to_uint8(images).cpu()
+    images = finite_bytes(images, seeds, model.config.get("name", "the model"))
     ms = 1000 * (time.perf_counter() - began) / len(seeds)
     return images, torch.full((len(seeds),), -1) if labels is None else labels, ms
 
@@ -176,7 +184,7 @@ class EvalConfig:
     precision: Literal["float32", "bf16"] = "float32"
     first_seed: NonNegativeInt = EVAL_SEED
 
-# %% ../nbs/32_evaluation.ipynb #6edde4d6
+# %% ../nbs/32_evaluation.ipynb #19dc1157
 def _in_turn(f, parts: list, desc: str) -> list:
     "f of every part, one after the other."
     return [f(p) for p in progress(parts, desc=desc)]
@@ -189,6 +197,16 @@ def _metrics(made: dict, labels, train, test, network: FeatureNetwork, only_fd: 
     known = network.kind == "classifier" and labels.min() >= 0
     out["class_accuracy"] = (made["logits"].argmax(1) == labels).float().mean().item() if known else None
     return out
+
+
+def _check_split(name: str, split, shape: tuple):
+    "Refuse images that are not bytes, or of another shape (C, H, W) than the model's."
+    if isinstance(split, dict):
+        return
+    images = getattr(split, "images", split)
+    check_bytes(f"{name} images", images)
+    own = tuple(images.shape[1:])
+    require(own == shape, f"the model makes images of {shape}, the {name} images have {own}")
 
 
 def measure(model, cfg: EvalConfig, train, test, network, *, how, only_fd=False, formulation=None, spread=None):
@@ -207,7 +225,12 @@ def measure(model, cfg: EvalConfig, train, test, network, *, how, only_fd=False,
 
     Returns:
         dict, images uint8 (n, C, H, W), labels int64 (n,); or three None where another process collects
+
+    Raises:
+        ConfigError: a split is not of bytes or of another shape, or an image is not finite
     """
+    for name, split in (("training", train), ("held-out", test)):
+        _check_split(name, split, _shape(model))
     precision = {} if cfg.precision == "float32" else dict(precision=cfg.precision)
 
     def work(seeds):

@@ -6,13 +6,13 @@
 __all__ = ['PatchEmbed', 'patchify', 'unpatchify', 'sincos_1d', 'sincos_2d', 'Attention', 'LabelEmbed', 'MLP', 'Block',
            'AdaptiveBlock', 'normalize_weights', 'FinalLayer', 'init_transformer']
 
-# %% ../nbs/20_layers.ipynb #7b58f003
+# %% ../nbs/20_layers.ipynb #7e6e23f8
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from .lab.core import ConfigError, nearest
+from .lab.core import ConfigError, nearest, require
 
 # %% ../nbs/20_layers.ipynb #69e4a329
 class PatchEmbed(nn.Module):
@@ -73,7 +73,7 @@ def unpatchify(tokens, patch: int, channels: int):
     x = tokens.reshape(B, n, n, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(B, channels, n * patch, n * patch)
 
-# %% ../nbs/20_layers.ipynb #1f78e139
+# %% ../nbs/20_layers.ipynb #0f44f44b
 def sincos_1d(n: int, dim: int):
     """Sine-cosine code of a position; computed in float64.
 
@@ -99,10 +99,12 @@ def sincos_2d(n: int, dim: int):
     Returns:
         float32 (1, n * n, dim): [column, row]
     """
+    advice = f"a multiple of 4, e.g. {dim - dim % 4 + 4}"
+    require(dim % 4 == 0, f"dim {dim}: the position table needs {advice}")
     code = sincos_1d(n, dim // 2)
     return torch.cat([code.repeat(n, 1), code.repeat_interleave(n, 0)], 1)[None]
 
-# %% ../nbs/20_layers.ipynb #096b1ac0
+# %% ../nbs/20_layers.ipynb #3b33e9cc
 class Attention(nn.Module):
     """Self-attention whose qkv can be offset [locuslab/get, models/get.py].
 
@@ -113,8 +115,9 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
+        below = dim - dim % heads
+        near = f"{below} or {below + heads}" if below else f"{heads}"
+        require(dim % heads == 0, f"dim {dim} is not divisible by heads {heads}; {near} would be")
         self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x, c=None, u=None):

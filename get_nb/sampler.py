@@ -13,7 +13,7 @@ from pydantic import NonNegativeFloat
 
 from .lab.core import build_config, config, require, require_whole, send, torch_rng
 
-# %% ../nbs/12_sampler.ipynb #c52367c8
+# %% ../nbs/12_sampler.ipynb #fd053461
 def _require_noise(noise):
     floating = isinstance(noise, torch.Tensor) and noise.ndim > 1 and noise.is_floating_point()
     require(floating, "noise must be a floating-point tensor (B, C, H, W)")
@@ -21,7 +21,10 @@ def _require_noise(noise):
 
 def _slope(denoiser, x, sigma, labels):
     "dx/dsigma of the probability-flow ODE (EDM, eqs. 1 and 3, sigma(t) = t), float64."
-    return (x - denoiser(x.float(), sigma.float(), labels).double()) / sigma
+    D_x = denoiser(x.float(), sigma.float(), labels)
+    shapes = f"the shape that it is given, {tuple(x.shape)}, not {tuple(D_x.shape)}"
+    require(D_x.shape == x.shape, f"the denoiser must return images of {shapes}")
+    return (x - D_x.double()) / sigma
 
 # %% ../nbs/12_sampler.ipynb #e1e90865
 def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, device=None):

@@ -27,7 +27,7 @@ TEACHERS = {
     "edm-cifar10-32x32-uncond-ve": _NCSNPP,
 }
 
-# %% ../nbs/14_teachers.ipynb #ea3ef0d6
+# %% ../nbs/14_teachers.ipynb #a8f638e3
 def build_teacher(name: str, *, num_classes: int = None, image_size: int = 32, channels: int = 3, **overrides):
     """A denoiser D(x; sigma, labels) with fresh weights; `get_nb.create_teacher` can load weights too.
 
@@ -49,8 +49,10 @@ def build_teacher(name: str, *, num_classes: int = None, image_size: int = 32, c
         num_classes = 10 if "-cond-" in name else 0
     cfg = build_config(UNetConfig, {**asdict(TEACHERS[name]), **overrides}, f"teacher {name}")
     check_sizes(num_classes, image_size, channels)
+    require(min(cfg.mult, default=0) > 0, f"teacher {name}: mult {cfg.mult}: a whole number above 0 for each level")
+    require(cfg.base % 4 == 0, f"teacher {name}: base {cfg.base} is not a multiple of 4")
     halvings = len(cfg.mult) - 1
-    fits = image_size % 2**halvings == 0
+    fits = image_size % 2**halvings == 0 and image_size >> halvings
     require(fits, f"teacher {name}: image_size {image_size} cannot be halved {halvings} times")
     teacher = EDMPrecond(UNet(cfg, image_size, channels, num_classes), cfg.sigma_data, num_classes)
     teacher.config = dict(

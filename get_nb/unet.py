@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAPS', 'resampling_filter', 'resample', 'Conv', 'UNetBlock', 'UNetConfig', 'UNet']
 
-# %% ../nbs/11_unet.ipynb #2d622916
+# %% ../nbs/11_unet.ipynb #34277ab7
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from torch.nn import functional as F
 
-from .lab.core import Fraction, Ints, config
+from .lab.core import Fraction, Ints, config, require
 from .lab.images import check_tensor
 from .precond import FourierEmbedding, PositionalEmbedding
 
@@ -99,10 +99,12 @@ class Conv(nn.Conv2d):
             return resample(h, self.resample_filter, up=False, pad=0) + self.bias.view(1, -1, 1, 1)
         return super().forward(resample(x, self.resample_filter, self.mode == "up", pad))
 
-# %% ../nbs/11_unet.ipynb #fc09dd8d
+# %% ../nbs/11_unet.ipynb #9ad68738
 def _group_norm(channels: int):
     "GroupNorm with at least 4 channels per group and at most 32 groups."
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    groups = max(1, min(32, channels // 4))
+    require(channels % groups == 0, f"{channels} channels have no {groups} equal groups: make base a multiple of 32")
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class UNetBlock(nn.Module):
@@ -217,7 +219,7 @@ def _decoder(cfg: UNetConfig, size: int, channels: int, widths: list, block):
     dec[f"{size}x{size}_aux_conv"] = Conv(c, channels, 3, gain=1e-5)
     return dec
 
-# %% ../nbs/11_unet.ipynb #3d39630e
+# %% ../nbs/11_unet.ipynb #e6f78197
 class UNet(nn.Module):
     """F(x; c_noise, classes): DDPM++ or NCSN++ of any size.
 
@@ -271,8 +273,7 @@ class UNet(nn.Module):
         """
         weight = self.map_layer0.weight
         check_tensor("x", x, ("B", *self.shape), weight.dtype, weight.device)
-        emb = self._embed(c_noise, classes, augment)
-        skips, aux = [], x
+        emb, skips, aux = self._embed(c_noise, classes, augment), [], x
         for name, module in self.enc.items():
             if name.endswith("aux_residual"):
                 x = aux = skips[-1] = (x + module(aux)) * 0.5**0.5

@@ -1,15 +1,36 @@
 """Wrong input is refused in one line where it enters, and refusing it costs nothing where a model computes."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
+import toy
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from get_nb import create_model, create_teacher, equilibrium, euler_sample, heun_sample, solve, unroll, unroll_constant
+from get_nb.distillation import DistillConfig, distill
+from get_nb.evaluation import EvalConfig, evaluate
 from get_nb.fixed_point import or_nan
 from get_nb.get import GET, GETConfig
-from get_nb.lab.core import ConfigError
+from get_nb.lab.checkpoints import load_checkpoint, load_weights
+from get_nb.lab.classifier import create_classifier
+from get_nb.lab.cli import main
+from get_nb.lab.core import ConfigError, FileError, torch_rng
 from get_nb.lab.fast import Fast
+from get_nb.lab.files import load_tensors, save_checkpoint, save_tensors, sha256_file
+from get_nb.lab.generation import generate_pairs
+from get_nb.lab.images import ImageSet, to_float, to_uint8
+from get_nb.lab.metrics import compare, copy_share, load_features, nearest_training
+from get_nb.lab.schedule import TrainConfig
+from get_nb.lab.store import PairDataset, save_pairs, verify_pairs
+from get_nb.pairs import PairsConfig, draw_noise
 from get_nb.precond import IdealDenoiser
 from get_nb.presets import with_options
 
@@ -32,9 +53,7 @@ def call(model, noise, labels):
     return model(noise, 1.0, labels) if hasattr(model, "sigma_data") else model(noise, labels)
 
 
-@pytest.mark.parametrize("kind", ["teacher", "get", "vit"])
-@pytest.mark.parametrize("num_classes", [0, 10])
-def test_labels_on_a_gpu_are_not_waited_for(kind, num_classes):
+def on_a_gpu_without_values(kind, num_classes):
     model, labels = models(num_classes)[kind], None
     kinds = {k: (v.shape, v.dtype) for k, v in model.state_dict().items()}
     with FakeTensorMode():  # has no values: whatever looks at one raises
@@ -42,19 +61,36 @@ def test_labels_on_a_gpu_are_not_waited_for(kind, num_classes):
         if num_classes:
             labels = torch.zeros(2, dtype=torch.int64, device="cuda")
         noise = torch.zeros(2, 1, 8, 8, device="cuda")
-        given = (noise, torch.ones((), device="cuda"), labels) if kind == "teacher" else (noise, labels)
-        out = torch.func.functional_call(model, state, given)
+        run = partial(torch.func.functional_call, model, state)
+        if kind == "teacher":
+            out = heun_sample(lambda *given: run(given), noise, labels, num_steps=3)
+        else:
+            out = run((noise, labels))
     assert out.shape == (2, 1, 8, 8) and out.device.type == "cuda"
 
 
-@pytest.mark.parametrize("kind", ["teacher", "get", "vit"])
-def test_a_conditional_model_compiles_in_one_graph_with_the_same_result(kind):
-    model = models(10)[kind]
-    noise, labels = torch.randn(2, 1, 8, 8), torch.tensor([3, 9])
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+def compiled_in_one_graph(kind):
+    model, noise, labels = models(10)[kind], torch.randn(2, 1, 8, 8), torch.tensor([3, 9])
+    given = (noise, torch.tensor(1.0), labels) if kind == "teacher" else (noise, labels)
     with torch.no_grad():
-        got = call(compiled, noise, labels) if kind != "teacher" else compiled(noise, torch.tensor(1.0), labels)
-        assert torch.allclose(got, call(model, noise, labels), atol=1e-5)
+        got = torch.compile(model, fullgraph=True, backend="aot_eager")(*given)
+        assert torch.allclose(got, model(*given), atol=1e-5)
+
+
+def apart(*calls):
+    "Run calls in a process of its own: what they start in torch would keep later tests from forking."
+    here, code = Path(__file__).parent, "; ".join(["from test_boundary import *", *calls])
+    env = os.environ | dict(PYTHONPATH=f"{here}{os.pathsep}{here.parent}")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_labels_and_noise_levels_on_a_gpu_are_not_waited_for():
+    apart(*(f"on_a_gpu_without_values({k!r}, {n})" for k in ("teacher", "get", "vit") for n in (0, 10)))
+
+
+def test_a_conditional_model_compiles_in_one_graph_with_the_same_result():
+    apart(*(f"compiled_in_one_graph({k!r})" for k in ("teacher", "get", "vit")))
 
 
 @pytest.mark.parametrize("kind", ["teacher", "get", "vit"])
@@ -290,3 +326,311 @@ def test_a_map_that_gives_nan_is_reported_by_the_solver(solver):
     assert stats.abs_lowest.isinf().tolist() == [False, True, False] and z[[0, 2]].abs().max() < 1e-4
     shown = or_nan(z, stats)
     assert shown[1].isnan().all() and torch.equal(shown[[0, 2]], z[[0, 2]])
+
+
+def some_bytes(n, seed, shape=(1, 8, 8)):
+    return torch.randint(0, 256, (n, *shape), generator=torch_rng("bytes", seed), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    "The features of an untrained classifier of 8x8 images."
+    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
+    torch.manual_seed(0)
+    save_checkpoint(path, create_classifier(num_classes=10, image_size=8, channels=1, width=8))
+    return load_features(path)
+
+
+NOT_BYTES = {
+    "numbers in [-1, 1]": to_float,
+    "float64": lambda x: x.double(),
+    "int64": lambda x: x.long(),
+    "numpy": lambda x: x.numpy(),
+    "no batch": lambda x: x[0],
+    "flattened": lambda x: x.flatten(1),
+    "none": lambda x: x[:0],
+    "a list": list,
+}
+
+
+@pytest.mark.parametrize("wrong", NOT_BYTES)
+def test_metrics_refuse_what_is_not_bytes(network, wrong):
+    a, b, harm = some_bytes(40, 0), some_bytes(50, 1), NOT_BYTES[wrong]
+    calls = [
+        lambda x, y: compare(x, y, network),
+        lambda x, y: nearest_training(x, y),
+        lambda x, y: copy_share(x, y),
+        lambda x, y: (network(x), network.reference(y)),
+    ]
+    for run in calls:
+        run(a, b)
+        for given in ((harm(a), b), (a, harm(b)), (harm(a), harm(b))):
+            with pytest.raises(
+                ConfigError, match=r"images must be uint8 \(N, C, H, W\), as to_uint8 makes them, not "
+            ) as e:
+                run(*given)
+            assert "\n" not in str(e.value)
+
+
+def test_metrics_of_bytes_are_those_of_the_images_they_stand_for(network):
+    a, b = some_bytes(40, 0), some_bytes(50, 1)
+    assert compare(a, b, network, only_fd=True)["fd"] > 0
+    assert compare(a, b, network) == compare(to_uint8(to_float(a)), to_uint8(to_float(b)), network)
+    assert copy_share(b, b) == 1.0 and copy_share(to_uint8(to_float(b)), b) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 16), (1, 16, 16), (1, 8, 9)])
+def test_sets_of_different_sizes_are_not_compared(network, shape):
+    a, b = some_bytes(40, 0), some_bytes(50, 1, shape)
+    for run in (lambda: compare(a, b, network), lambda: compare(b, a, network), lambda: nearest_training(a, b)):
+        with pytest.raises(ConfigError, match="x".join(map(str, shape))):
+            run()
+    with pytest.raises(ConfigError, match="the classifier knows images of 1x8x8, these have"):
+        network(b)
+    with pytest.raises(ConfigError, match="at least two"):
+        copy_share(a, a[:1])
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(images=torch.zeros(4, 1, 8, 8)), "images must be uint8"),
+        (dict(labels=torch.tensor([0, 1, 2, 10])), r"labels must lie in 0..9, found 0..10"),
+        (dict(labels=torch.tensor([0, 1, 2, -1])), "labels must lie in 0..9, found -1..2"),
+        (dict(labels=torch.tensor([0, 1])), "labels must be int64 of shape"),
+        (dict(labels=torch.zeros(4)), "labels must be int64 of shape"),
+    ],
+)
+def test_a_data_set_is_checked_where_it_enters(change, said):
+    good = dict(images=some_bytes(4, 0), labels=torch.arange(4), classes=tuple("0123456789"), name="some")
+    ImageSet(**good)
+    with pytest.raises(ConfigError, match=said):
+        ImageSet(**good | change)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_evaluation_refuses_splits_that_do_not_fit_the_model(network, split):
+    model, cfg = models(0)["vit"], EvalConfig(samples=20)
+    for wrong, said in ((torch.zeros(30, 1, 8, 8), "must be uint8"), (some_bytes(30, 0, (1, 4, 16)), "images have")):
+        splits = dict(train=some_bytes(30, 0), test=some_bytes(30, 1)) | {split: wrong}
+        with pytest.raises(ConfigError, match=said):
+            evaluate(model, cfg, **splits, network=network, data="some")
+
+
+def nan_for(seeds):
+    "A teacher that fails for the noise of some seeds."
+    bad = draw_noise(seeds, (1, 8, 8), 0)[0]
+
+    class Failing(toy.Denoiser):
+        config = dict(builder="teacher", name="failing", num_classes=10, image_size=8, channels=1)
+
+        def forward(self, x, sigma, labels=None):
+            broken = (x[:, None] / 80 - bad[None]).flatten(2).abs().amax(2).lt(1e-3).any(1)
+            return torch.where(broken.view(-1, 1, 1, 1), torch.nan, super().forward(x, sigma, labels))
+
+    return Failing().eval()
+
+
+def test_a_shard_of_pairs_with_an_image_that_is_not_finite_is_not_written(tmp_path):
+    cfg = PairsConfig(**toy.RECIPE | dict(n=30))
+    said = (
+        r"pairs-00001.safetensors is not written: the teacher's images: 2 of 10 images are not finite .*seeds 13, 17$"
+    )
+    with pytest.raises(ConfigError, match=said):
+        generate_pairs(nan_for([13, 17]), tmp_path, cfg)
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["pairs-00000.safetensors"]  # finished shards are kept
+    generate_pairs(toy.Denoiser().eval(), tmp_path, cfg)
+    assert len(PairDataset(tmp_path)) == 30
+
+
+def test_a_recipe_that_the_teacher_cannot_follow_is_refused(tmp_path):
+    cfg = PairsConfig(**toy.RECIPE | dict(n=10))
+    for teacher, said in ((models(0)["teacher"], "the teacher knows 0"), (Pooled(), "must return images of the shape")):
+        with pytest.raises(ConfigError, match=said):
+            generate_pairs(teacher, tmp_path / "pairs", cfg)
+        assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises(ConfigError, match=r"x must be float32 \(B, 1, 8, 8\)"):
+        generate_pairs(models(10)["teacher"], tmp_path, PairsConfig(**toy.RECIPE | dict(n=10, shape=(1, 4, 16))))
+
+
+class Pooled(toy.Denoiser):
+    "A teacher whose images are too small."
+
+    def forward(self, x, sigma, labels=None):
+        return super().forward(x, sigma, labels)[..., :1, :].expand(-1, 8, -1, -1)
+
+
+def arrays(n=6):
+    noise = torch.randn((n, 1, 8, 8), generator=torch_rng("arrays"))
+    return dict(noise=noise, image=noise.tanh(), labels=torch.arange(n) % 3)
+
+
+def spoil(x, value, *where):
+    x = x.clone()
+    x[where] = value
+    return x
+
+
+WRONG_PAIRS = {
+    "a NaN image": (lambda a: dict(image=spoil(a["image"], torch.nan, 4, 0, 1, 1)), "image: 1 of 6 .* seeds 104$"),
+    "infinite noise": (lambda a: dict(noise=spoil(a["noise"], torch.inf, 2)), "noise: 1 of 6 .* seeds 102$"),
+    "byte images": (lambda a: dict(image=to_uint8(a["image"])), "must be floating-point, .* not float32 .* and uint8"),
+    "whole noise": (lambda a: dict(noise=a["noise"].long()), "must be floating-point"),
+    "another size": (lambda a: dict(image=a["image"][..., :4]), "pairs need noise and image"),
+    "no batch": (lambda a: dict(noise=a["noise"][0], image=a["image"][0]), "pairs need noise and image"),
+    "labels of another length": (lambda a: dict(labels=a["labels"][:4]), "pairs need noise and image"),
+    "labels with fractions": (lambda a: dict(labels=a["labels"] + 0.5), "labels must be whole numbers"),
+    "a mask as labels": (lambda a: dict(labels=a["labels"] > 0), "labels must be whole numbers"),
+    "a negative label": (lambda a: dict(labels=spoil(a["labels"], -1, 0)), "labels must lie in 0..2, found -1..2"),
+    "a label too large": (lambda a: dict(num_classes=2), "labels must lie in 0..1, found 0..2"),
+    "labels without classes": (lambda a: dict(num_classes=0), "labels must be -1"),
+    "classes without labels": (lambda a: dict(labels=None, num_classes=3), "labels must lie in 0..2, found -1..-1"),
+    "no shards": (lambda a: dict(shard_size=0), "shard_size = 0"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_PAIRS)
+def test_pairs_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, wrong):
+    change, said = WRONG_PAIRS[wrong]
+    with pytest.raises((FileError, ConfigError), match=said) as e:
+        save_pairs(tmp_path / "pairs", **arrays() | dict(first_seed=100) | change(arrays()))
+    assert "\n" not in str(e.value) and not (tmp_path / "pairs").exists()
+    save_pairs(tmp_path / "pairs", **arrays())
+    assert torch.equal(PairDataset(tmp_path / "pairs").batch(range(6))["image"], arrays()["image"])
+
+
+@pytest.mark.parametrize("harm", ["image", "noise", "label"])
+def test_a_folder_whose_values_are_wrong_is_neither_verified_nor_served(tmp_path, harm):
+    save_pairs(tmp_path, **arrays(), first_seed=100, shard_size=3)
+    path, manifest = tmp_path / "pairs-00001.safetensors", tmp_path / "manifest.json"
+    tensors, info = load_tensors(path)
+    tensors[harm] = spoil(tensors[harm], 7, 1) if harm == "label" else spoil(tensors[harm], torch.nan, 1)
+    save_tensors(path, tensors, info)  # whole, and yet wrong
+    said = json.loads(manifest.read_text(encoding="utf-8"))
+    said["shards"][1]["sha256"] = sha256_file(path)
+    manifest.write_text(json.dumps(said), encoding="utf-8")
+    wanted = "labels must lie in 0..2, found 0..7" if harm == "label" else f"{harm}: 1 of 3 .* seeds 104"
+    for _ in range(2):  # it is not remembered as good
+        assert len(wrong := verify_pairs(tmp_path)) == 1 and re.search(wanted, wrong[0])
+        with pytest.raises(FileError, match=wanted):
+            PairDataset(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("five")
+    save_pairs(folder, **arrays(5), shard_size=2)
+    return PairDataset(folder)
+
+
+INDICES = {
+    "list": [3, 0, -1],
+    "empty list": [],
+    "range": range(1, 4),
+    "slice": slice(1, None, 2),
+    "slice backwards": slice(None, None, -1),
+    "empty slice": slice(4, 1),
+    "array": np.array([4, 4, 0], dtype=np.uint8),
+    "tensor": torch.tensor([2, -5]),
+    "mask": np.array([True, False, False, True, True]),
+    "mask of nothing": torch.zeros(5, dtype=torch.bool),
+    "mask as list": [False, True, False, False, True],
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_pairs_are_chosen_as_numpy_chooses(five, name):
+    i, images = INDICES[name], arrays(5)["image"].numpy()
+    wanted = images[i if isinstance(i, slice | list) else np.asarray(i)]
+    for found in (five.batch(i), five[i]):
+        assert np.array_equal(found["image"].numpy(), wanted) and len(found["label"]) == len(wanted)
+
+
+@pytest.mark.parametrize("i", [0, 4, -5, np.int64(3), np.uint8(2), torch.tensor(1), np.array(2)])
+def test_one_pair_is_chosen_by_a_whole_number(five, i):
+    assert torch.equal(five[i]["image"], arrays(5)["image"][int(i)]) and five[i]["label"].shape == ()
+
+
+@pytest.mark.parametrize(
+    "i",
+    [
+        *([True] * n for n in (1, 3, 6)),
+        True,
+        np.ones((5, 1), bool),
+        [0.0, 1.0],
+        1.0,
+        np.array([1.5]),
+        [[0, 1]],
+        [[0], [1, 2]],
+        None,
+        "1",
+        ["a"],
+        slice(0.5, 2),
+        slice(0, 5, 0),
+        {"a": 1},
+        ...,
+    ],
+)
+def test_other_indices_are_refused_in_one_line(five, i):
+    for choose in (five.batch, five.__getitem__):
+        with pytest.raises(ConfigError, match="pairs are chosen by|pairs cannot be chosen|a mask of shape") as e:
+            choose(i)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("i", [5, -6, [0, 5], [-6], np.array([99]), torch.tensor([0, 7])])
+def test_an_index_outside_of_the_pairs_is_named(five, i):
+    with pytest.raises(IndexError, match=r"pair (5|-6|99|7) is outside of 0..4"):
+        five[i]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    "Checkpoints whose images are not finite, though every weight is."
+    folder = tmp_path_factory.mktemp("broken")
+    for kind, model in models(0).items():
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1e30)
+        save_checkpoint(folder / f"{kind}.safetensors", model)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["teacher", "get", "vit"])
+def test_images_that_are_not_finite_are_neither_saved_nor_measured(broken, network, kind, tmp_path, capsys):
+    out, path = tmp_path / "images.png", broken / f"{kind}.safetensors"
+    with pytest.raises(SystemExit) as e:
+        main(["sample", str(path), "--n", "3", "--seed", "40", "--out", str(out)])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert "3 of 3 images are not finite (NaN or infinity), seeds 40, 41, 42" in err
+    split = some_bytes(30, 0)
+    with pytest.raises(ConfigError, match="20 of 20 images are not finite .* seeds 40, 41, 42, 43, 44, ...$"):
+        evaluate(load_checkpoint(path), EvalConfig(samples=20, first_seed=40), split, split, network, "some")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_refused_when_they_are_loaded(value, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    for kind, model in models(0).items():
+        with torch.no_grad():
+            next(model.parameters()).flatten()[3] = value
+        save_checkpoint(path, model)
+        fresh = models(0)[kind]
+        for load in (load_checkpoint, partial(load_weights, fresh)):
+            with pytest.raises(FileError, match="holds NaN or infinity") as e:
+                load(path)
+            assert "\n" not in str(e.value) and str(path) in str(e.value)
+        with pytest.raises(SystemExit) as e:
+            main(["sample", str(path), "--out", str(tmp_path / "x.png")])
+        assert e.value.code == 2 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "x.png").exists()
+
+
+def test_a_student_of_other_classes_than_its_pairs_is_refused(tmp_path):
+    save_pairs(tmp_path, **arrays(8))
+    pairs, steps = PairDataset(tmp_path), TrainConfig(steps=1, batch_size=4)
+    shape = dict(image_size=8, channels=1, dim=16, heads=2, depth=1)
+    with pytest.raises(ConfigError, match="the student has 2 classes, the pairs 3"):
+        distill(create_model("ViT-digits/2", num_classes=2, **shape), pairs, DistillConfig(), steps)
+    for classes in (0, 3):
+        distill(create_model("ViT-digits/2", num_classes=classes, **shape), pairs, DistillConfig(), steps)

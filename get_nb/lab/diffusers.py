@@ -70,18 +70,36 @@ class DiffusersPrecond(EDMPrecond):
             return F_x
         return x - sigma * F_x if self.prediction == "epsilon" else x / scale**2 - sigma / scale * F_x
 
-# %% ../../nbs/lab/22_diffusers.ipynb #fe8d4eb5
+# %% ../../nbs/lab/22_diffusers.ipynb #9d358c35
+_DISCRETE = (
+    "DDPM DDPMParallel DDIM DDIMInverse DDIMParallel PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete "
+    "HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete DPMSolverMultistep DPMSolverMultistepInverse "
+    "DPMSolverSinglestep DEISMultistep UniPCMultistep"
+).split()  # schedulers of DDPM's discrete process; diffusers appends "Scheduler"
 _PREDICTIONS = ("epsilon", "v_prediction", "sample")
-_SCHEDULE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
+_OTHERWISE = dict(  # option -> values under which the network is asked for what we ask it for
+    use_flow_sigmas=(None, False),
+    timestep_type=(None, "discrete"),
+    time_embedding_type=(None, "positional"),
+    variance_type=(None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 )
 
 
+def _check_process(unet: dict, scheduler: dict):
+    "Refuse what is not a network of DDPM's discrete process; ConfigError."
+    kind = str(scheduler.get("_class_name")).removesuffix("Scheduler")
+    known = "only schedulers of DDPM's discrete process are read (DDPM, DDIM, PNDM, Euler, Heun, DPM-Solver, ...)"
+    require(kind in _DISCRETE, f"scheduler: _class_name is {scheduler.get('_class_name')!r}; {known}")
+    for option, values in _OTHERWISE.items():
+        value = (unet if option in unet else scheduler).get(option)
+        require(value in values, f"{option} = {value!r} is not supported, only {values[1]!r}: this is no DDPM denoiser")
+    n, m = unet.get("in_channels"), unet.get("out_channels")
+    require(n == m, f"the network makes {m} channels of {n}: learned variances or conditions are not supported")
+    prediction = scheduler.get("prediction_type") or "epsilon"
+    hint = nearest(prediction, _PREDICTIONS)
+    require(prediction in _PREDICTIONS, f"scheduler: prediction_type {prediction!r}{hint}")
+
+# %% ../../nbs/lab/22_diffusers.ipynb #8afa709f
 def create_diffusers_teacher(
     name: str = "diffusers", *, unet: dict, scheduler: dict, num_classes: int = 0, image_size: int, channels: int
 ):
@@ -99,20 +117,21 @@ def create_diffusers_teacher(
         DiffusersPrecond, with its arguments in `.config`
 
     Raises:
-        ConfigError: diffusers is not installed, the prediction type is unknown, or the schedule ends in pure noise
+        ConfigError: diffusers is not installed, the pipeline is not of DDPM's discrete process, or its schedule ends in
+            pure noise
     """
     try:
-        from diffusers import DDPMScheduler, UNet2DModel
+        import diffusers
     except ImportError:
         raise ConfigError("a teacher from diffusers needs that library: pip install 'get_nb[diffusers]'") from None
-    schedule = DDPMScheduler(**{k: scheduler[k] for k in _SCHEDULE if k in scheduler})
-    prediction = scheduler.get("prediction_type", "epsilon")
-    hint = nearest(prediction, _PREDICTIONS)
-    require(prediction in _PREDICTIONS, f"scheduler: prediction_type {prediction!r}{hint}")
+    _check_process(unet, scheduler)
+    schedule = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
     finite = schedule.alphas_cumprod[-1] > 0
     require(finite, "scheduler: its last step is pure noise (zero SNR), which has no finite noise level")
-    model = UNet2DModel(**{k: v for k, v in unet.items() if not k.startswith("_")})
-    teacher = DiffusersPrecond(model, schedule.alphas_cumprod, prediction, num_classes)
+    model = diffusers.UNet2DModel(**{k: v for k, v in unet.items() if not k.startswith("_")})
+    teacher = DiffusersPrecond(
+        model, schedule.alphas_cumprod, scheduler.get("prediction_type") or "epsilon", num_classes
+    )
     sizes = dict(num_classes=num_classes, image_size=image_size, channels=channels)
     teacher.config = dict(builder="diffusers", name=name, unet=unet, scheduler=scheduler, **sizes)
     return teacher
@@ -134,7 +153,21 @@ def _read_part(folder: Path, part: str, name: str) -> dict:
     require(isinstance(config, dict), f"{path}: not a json object", FileError)
     return config
 
-# %% ../../nbs/lab/22_diffusers.ipynb #23b5d671
+# %% ../../nbs/lab/22_diffusers.ipynb #4d1d789a
+_OLDER = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")  # in attention blocks
+
+
+def _newer_names(weights: dict) -> dict:
+    "Weights under the names that diffusers gives them today."
+
+    def newer(key):
+        head, _, end = key.rpartition(".")
+        above, _, part = head.rpartition(".")
+        return f"{above}.{_OLDER[part]}.{end}" if ".attentions." in f".{key}" and part in _OLDER else key
+
+    return {newer(k): v for k, v in weights.items()}
+
+# %% ../../nbs/lab/22_diffusers.ipynb #5279c8f6
 def load_diffusers(folder):
     """A teacher from a saved diffusers pipeline: unet/ with safetensors weights, scheduler/.
 
@@ -154,6 +187,10 @@ def load_diffusers(folder):
     folder = Path(folder)
     unet = _read_part(folder, "unet", "config.json")
     scheduler = _read_part(folder, "scheduler", "scheduler_config.json")
+    index = folder / "model_index.json"
+    if index.is_file():
+        named = _read_part(folder, "", "model_index.json").get("scheduler")
+        scheduler = scheduler | dict(_class_name=named[1]) if isinstance(named, list) and len(named) == 2 else scheduler
     kind, weights = unet.get("_class_name"), _first_file(folder, "unet", "diffusion_pytorch_model.safetensors")
     require(kind == "UNet2DModel", f"{folder}: its network is {kind!r}; only UNet2DModel is supported", FileError)
     advice = "other weight files are pickles: save it again with safe_serialization=True"
@@ -162,7 +199,7 @@ def load_diffusers(folder):
     try:
         sizes = dict(num_classes=classes, image_size=unet["sample_size"], channels=unet["in_channels"])
         teacher = create_diffusers_teacher(unet=unet, scheduler=scheduler, **sizes)
-        found = teacher.model.load_state_dict(load_file(weights), strict=False)
+        found = teacher.model.load_state_dict(_newer_names(load_file(weights)), strict=False)
     except ConfigError:
         raise
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, OSError) as e:

@@ -6,7 +6,7 @@
 __all__ = ['training_formulation', 'sampling_formulation', 'join_gloo', 'spread', 'load_references', 'evaluate_checkpoint',
            'evaluation_table', 'save_grid', 'sample_to_file']
 
-# %% ../../nbs/lab/31_evaluate.ipynb #e25be5ff
+# %% ../../nbs/lab/31_evaluate.ipynb #bce7e0ee
 import math
 import os
 from datetime import timedelta
@@ -24,7 +24,7 @@ from .data import load_data
 from .fast import Fast, require_options
 from .figures import image_grid
 from .files import atomic_path
-from .images import to_uint8
+from .images import finite_bytes
 from .metrics import load_features, load_statistics
 from .records import Column, table_markdown
 from .released import load_edm_pickle, load_reference_get
@@ -296,7 +296,7 @@ def save_grid(images, path, scale: int = 0):
     large = full.reshape(rows, cols, *images.shape[1:]).repeat(scale, 3).repeat(scale, 4)
     Image.fromarray(image_grid(large, pad=2)).save(path, format="png")
 
-# %% ../../nbs/lab/31_evaluate.ipynb #b55c7597
+# %% ../../nbs/lab/31_evaluate.ipynb #dfc2bc2f
 def _labels_for(model, labels, n: int, path):
     "The labels asked for, repeated to n: int64 (n,)."
     classes = model.config["num_classes"]
@@ -318,7 +318,7 @@ def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):
         **how: num_steps, sampler, n_iter, precision: to `generate`; None: its default
 
     Raises:
-        ConfigError: options that do not fit the model
+        ConfigError: options that do not fit the model, or images that are not finite: nothing is written
         FileError: a file that is missing, damaged or of another kind
         UnsafeFileError: a released file that would run code
     """
@@ -333,12 +333,12 @@ def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):
     if labels:
         y = _labels_for(model, labels, n, checkpoint)
     formulation = sampling_formulation(model, how.get("precision", "float32"))
-    images = []
-    for e, classes in zip(noise.split(500), y.split(500)):
+    images, seeds = [], np.arange(seed, seed + n)
+    for e, classes, some in zip(noise.split(500), y.split(500), np.split(seeds, range(500, n, 500))):
         made = generate(model, e, classes if c["num_classes"] else None, formulation=formulation, **how)
-        images.append(to_uint8(made))
+        images.append(finite_bytes(made, some, checkpoint))
     with atomic_path(out) as tmp:
-        _save_images(torch.cat(images).numpy(), y.numpy(), np.arange(seed, seed + n), tmp, str(out).endswith(".npz"))
+        _save_images(torch.cat(images).numpy(), y.numpy(), seeds, tmp, str(out).endswith(".npz"))
 
 # %% ../../nbs/lab/31_evaluate.ipynb #31ba7f5d
 def _save_images(images, labels, seeds, path, arrays: bool):

@@ -255,7 +255,7 @@ def check_fit(own: dict, tensors: dict, path):
         if v.shape != tensors[k].shape:
             raise FileError(f"{path}: {k} has shape {tuple(tensors[k].shape)}, the model's is {tuple(v.shape)}")
 
-# %% ../../nbs/lab/03_files.ipynb #48cd062a
+# %% ../../nbs/lab/03_files.ipynb #f6eba759
 def fit_weights(model, tensors: dict, path):
     """Load weights that fit.
 
@@ -268,8 +268,11 @@ def fit_weights(model, tensors: dict, path):
         model
 
     Raises:
-        FileError: they were made for another model
+        FileError: they were made for another model, or are not all numbers
     """
     check_fit(model.state_dict(), tensors, path)
+    for k, v in tensors.items():
+        numbers = not v.is_floating_point() or v.isfinite().all()
+        require(numbers, f"{path}: {k[:80]} holds NaN or infinity: no weights of a model that works", FileError)
     model.load_state_dict(tensors)
     return model

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shard_seeds', 'generate_pairs', 'merge_pairs']
 
-# %% ../../nbs/lab/26_generation.ipynb #89e23a9a
+# %% ../../nbs/lab/26_generation.ipynb #4618c0a3
 import json
 import os
 import shutil
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from .core import FileError, UnreadableFileError, progress, require
 from .files import atomic_path, load_tensors, save_tensors, write_json
+from .images import check_finite
 from .store import read_pairs_manifest, remembered_digests, shard_digest, verify_pairs, write_pairs_manifest
 from ..pairs import PairsConfig, sample_pairs
 from ..sampler import num_evaluations
@@ -89,7 +90,7 @@ def _claim(folder: Path, name: str):
     finally:
         lock.release()
 
-# %% ../../nbs/lab/26_generation.ipynb #7abbf7c0
+# %% ../../nbs/lab/26_generation.ipynb #ed49ad70
 def _write_shard(path: Path, tensors: dict, recipe: dict, alone: bool):
     "Write a shard: whole, or not at all. `alone`: no other worker writes it, so leftovers are a killed worker's."
     try:
@@ -116,6 +117,8 @@ def _generate_missing(denoiser, folder: Path, cfg: PairsConfig, bar):
         with _claim(folder, name) as ours:
             if ours and not path.is_file():
                 tensors = sample_pairs(denoiser, seeds[name], cfg)
+                finite = tensors["image"].isfinite().flatten(1).all(1)
+                check_finite(f"{path} is not written: the teacher's images", finite, seeds[name])
                 _write_shard(path, tensors, _recipe_of(cfg), alone=ours == "locked")
         bar.n = sum(len(seeds[n]) for n in seeds.keys() & set(os.listdir(folder)))  # by all workers
         bar.refresh()
@@ -150,7 +153,7 @@ def _finish(folder: Path, cfg: PairsConfig):
         evaluations = num_evaluations(cfg.num_steps, cfg.sampler)
         return write_pairs_manifest(folder, _recipe_of(cfg), entries, evaluations_per_pair=evaluations)
 
-# %% ../../nbs/lab/26_generation.ipynb #e5052292
+# %% ../../nbs/lab/26_generation.ipynb #bf809cd3
 def generate_pairs(denoiser, folder, cfg: PairsConfig) -> dict:
     """Generate all pairs of a recipe, together with other workers on the same folder; an interrupted run is resumed.
 
@@ -164,8 +167,12 @@ def generate_pairs(denoiser, folder, cfg: PairsConfig) -> dict:
 
     Raises:
         FileError: the folder holds shards of another recipe, or a shard cannot be written or read
+        ConfigError: the teacher knows fewer classes than the recipe, or makes images that are not finite or of
+            another shape; finished shards are kept
     """
-    folder = Path(folder)
+    folder, known = Path(folder), getattr(denoiser, "num_classes", cfg.num_classes)
+    classes = f"num_classes = {cfg.num_classes}: labels are drawn from so many classes, the teacher knows {known}"
+    require(cfg.num_classes <= known, classes)
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("pairs-*.safetensors")):
         _refuse_other_recipe(path, cfg)

@@ -194,14 +194,14 @@ def check_bytes(name: str, images):
     fits = isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.ndim == 4 and len(images)
     require(fits, f"{name} must be uint8 (N, C, H, W), as to_uint8 makes them, not {describe(images)}")
 
-# %% ../../nbs/lab/01_images.ipynb #c1a48339
+# %% ../../nbs/lab/01_images.ipynb #d86b8df3
 def _number_list(numbers, most: int = 5) -> str:
     "The first few of many numbers."
     numbers = [int(i) for i in numbers]
     return ", ".join(map(str, numbers[:most])) + (", ..." if len(numbers) > most else "")
 
 
-def check_finite(what: str, finite, seeds, error=ConfigError):
+def check_finite(what: str, finite, seeds, error=ConfigError, name: str = "seeds"):
     """Refuse images some of which are not finite.
 
     Args:
@@ -209,13 +209,14 @@ def check_finite(what: str, finite, seeds, error=ConfigError):
         finite: bool (n,) on the CPU: is this image finite?
         seeds: of the images, whole numbers (n,)
         error: class of the exception
+        name: of those whole numbers
 
     Raises:
         ConfigError: or `error`; the message says how many, and of which seeds
     """
     if not finite.all():
         bad = [s for s, ok in zip(seeds, finite.tolist()) if not ok]
-        counts = f"{len(bad)} of {len(finite)} images are not finite (NaN or infinity), seeds {_number_list(bad)}"
+        counts = f"{len(bad)} of {len(finite)} images are not finite (NaN or infinity), {name} {_number_list(bad)}"
         raise error(f"{what}: {counts}")
 
 # %% ../../nbs/lab/01_images.ipynb #c54a353d

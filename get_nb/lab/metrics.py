@@ -6,7 +6,7 @@
 __all__ = ['DISTANCES', 'frechet', 'InceptionFeatures', 'FeatureNetwork', 'load_features', 'fd_std', 'compare', 'load_statistics',
            'nearest_training', 'copy_share']
 
-# %% ../../nbs/lab/14_metrics.ipynb #88943811
+# %% ../../nbs/lab/14_metrics.ipynb #c04a316d
 import hashlib
 import io
 import zipfile
@@ -26,7 +26,7 @@ from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from .classifier import load_classifier
 from .core import ConfigError, FileError, require, rng
-from .images import to_float
+from .images import check_bytes, to_float
 from .weights import read_weights
 
 # %% ../../nbs/lab/14_metrics.ipynb #bb3ad695
@@ -44,13 +44,15 @@ def frechet(a: dict, b: dict) -> float:
         a, b = (dict(s, mu=s["mu"].astype(np.float64)) for s in (a, b))
     return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
 
-# %% ../../nbs/lab/14_metrics.ipynb #1ebb4683
+# %% ../../nbs/lab/14_metrics.ipynb #1caeba94
 class _ClassifierFeatures(FeatureExtractorBase):
     "torch-fidelity's view of a classifier checkpoint: 'features' (N, d) and 'logits' (N, classes)."
 
     def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
         super().__init__(name, features_list)
         self.model = load_classifier(feature_extractor_weights_path)
+        c = self.model.config
+        self.shape = (c["channels"], c["image_size"], c["image_size"])
 
     @staticmethod
     def get_provided_features_list():
@@ -94,7 +96,11 @@ class InceptionFeatures(FeatureExtractorInceptionV3):
             reason = str(e).splitlines()[0]
             raise FileError(f"{feature_extractor_weights_path}: not Inception's weights ({reason})") from None
 
-# %% ../../nbs/lab/14_metrics.ipynb #f8044f7f
+# %% ../../nbs/lab/14_metrics.ipynb #a5e5df80
+def _size(shape) -> str:
+    return "x".join(map(str, shape))
+
+
 class _Bytes(Dataset):
     "uint8 images (N, C, H, W), one at a time, as torch-fidelity wants them."
 
@@ -112,7 +118,7 @@ def _layers_of(extractor) -> list:
     "Names of the two layers in use: for the distances and for the Inception score."
     return [extractor.get_default_feature_layer_for_metric(m) for m in ("fid", "isc")]
 
-# %% ../../nbs/lab/14_metrics.ipynb #dd79ba66
+# %% ../../nbs/lab/14_metrics.ipynb #d74c335b
 class FeatureNetwork:
     """The network in whose features distances are measured.
 
@@ -137,8 +143,11 @@ class FeatureNetwork:
             dict of features (N, d) and logits (N, classes), on the CPU
 
         Raises:
-            ConfigError: grey images for Inception
+            ConfigError: no bytes, grey images for Inception, or images of another size than the classifier's
         """
+        check_bytes("images", images)
+        own, given = getattr(self.extractor, "shape", images.shape[1:]), tuple(images.shape[1:])
+        require(own == given, f"the classifier knows images of {_size(own)}, these have {_size(given)}")
         if self.kind == "inception" and images.shape[1] != 3:
             channels = f"these have {images.shape[1]} channel(s)"
             raise ConfigError(f"Inception needs colour images, {channels}: name a classifier instead")
@@ -158,7 +167,8 @@ class FeatureNetwork:
         Returns:
             dict of statistics (mu, sigma) and features (N, d)
         """
-        key = hashlib.sha256(images.numpy().tobytes() + str(images.shape).encode()).digest()
+        check_bytes("reference images", images)
+        key = hashlib.sha256(images.cpu().numpy().tobytes() + str(images.shape).encode()).digest()
         if key not in self.known:
             features = self(images)["features"]
             self.known[key] = dict(statistics=fid_features_to_statistics(features), features=features)
@@ -218,7 +228,8 @@ def fd_std(features, statistics: dict, draws: int = 20) -> float:
         distances.append(frechet(fid_features_to_statistics(again), statistics))
     return float(np.std(distances, ddof=1))
 
-# %% ../../nbs/lab/14_metrics.ipynb #78c62b9f
+# %% ../../nbs/lab/14_metrics.ipynb #6a3d4d52
+_FEWEST = 10  # images of a set whose distance to another can be measured
 DISTANCES = 5 * 10**7  # held at a time by precision and recall: 0.2 GB, and five times that while they are sorted
 
 
@@ -246,8 +257,17 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
         kid, kid_std, precision and recall (None without reference images)
 
     Raises:
-        ConfigError: the statistics are of another network's features
+        ConfigError: a set has fewer than ten images or is not of bytes, the two differ in size or channels, or the
+            statistics are of another network's features
     """
+    if isinstance(generated, torch.Tensor) and isinstance(reference, torch.Tensor):
+        check_bytes("generated images", generated)
+        check_bytes("reference images", reference)
+        sizes = [tuple(v.shape[1:]) for v in (generated, reference)]
+        require(sizes[0] == sizes[1], f"images of {_size(sizes[0])} are not compared with images of {_size(sizes[1])}")
+    for what, given in (("generated", generated), ("reference", reference)):
+        n = len(given.get("features", range(_FEWEST)) if isinstance(given, dict) else given)
+        require(n >= _FEWEST, f"{n} {what} image(s): distances between sets need at least {_FEWEST}")
     g = generated if isinstance(generated, dict) else network(generated)
     r = dict(statistics=reference) if isinstance(reference, dict) else network.reference(reference)
     own, theirs = fid_features_to_statistics(g["features"]), r["statistics"]
@@ -322,7 +342,7 @@ def load_statistics(path) -> dict:
     require(covariance, f"{path}: sigma is not a covariance: not symmetric, or a negative variance", FileError)
     return s
 
-# %% ../../nbs/lab/14_metrics.ipynb #66594f0f
+# %% ../../nbs/lab/14_metrics.ipynb #fc221c9a
 def nearest_training(images, train):
     """Nearest training image of each sample, in Euclidean pixel distance on [-1, 1].
 
@@ -332,7 +352,15 @@ def nearest_training(images, train):
 
     Returns:
         index (N,), distance (N,), own (N,): distance of that training image to its nearest other
+
+    Raises:
+        ConfigError: a set is not of bytes, they differ in size or channels, or there is one training image alone
     """
+    check_bytes("images", images)
+    check_bytes("training images", train)
+    own, other = (tuple(v.shape[1:]) for v in (images, train))
+    require(own == other, f"images of {_size(own)} are not compared with training images of {_size(other)}")
+    require(len(train) > 1, "one training image has no nearest neighbour: at least two are needed")
     a, b = to_float(images).flatten(1), to_float(train).flatten(1)
     d, i = (torch.cat(v) for v in zip(*(torch.cdist(x, b).min(1) for x in a.split(2000))))
 
@@ -354,6 +382,9 @@ def copy_share(images, train) -> float:
 
     Returns:
         share of images nearer to a training image than that image's nearest neighbour in the training set
+
+    Raises:
+        ConfigError: as `nearest_training`
     """
     _, d, own = nearest_training(images, train)
     return (d < own).float().mean().item()

@@ -6,20 +6,22 @@
 __all__ = ['write_pairs_manifest', 'read_pairs_manifest', 'save_pairs', 'shard_digest', 'remembered_digests', 'verify_pairs',
            'pairs_info', 'PairDataset']
 
-# %% ../../nbs/lab/25_store.ipynb #cdccca79
+# %% ../../nbs/lab/25_store.ipynb #7d075aa4
 import json
 import os
 import re
 import resource
 from contextlib import contextmanager
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .core import FileError, require
-from .files import save_tensors, sha256_file, write_json
+from .core import ConfigError, FileError, require, require_whole
+from .files import load_tensors, save_tensors, sha256_file, write_json
+from .images import check_finite, describe
 from ..pairs import pair_noise
 
 # %% ../../nbs/lab/25_store.ipynb #203652e6
@@ -39,13 +41,13 @@ def write_pairs_manifest(folder, recipe: dict, shards: list, **more) -> dict:
     write_json(Path(folder) / "manifest.json", manifest)
     return manifest
 
-# %% ../../nbs/lab/25_store.ipynb #806f0af0
+# %% ../../nbs/lab/25_store.ipynb #ef803e2b
 def _is_entry(s) -> bool:
     "Does an entry name a shard of its own folder, its pairs and its sha256?"
     if not isinstance(s, dict) or not isinstance(s.get("file"), str) or not isinstance(s.get("sha256"), str):
         return False
     inside = re.fullmatch(r"[\w-]+\.safetensors", s["file"]) is not None
-    return inside and type(s.get("pairs")) is int and s["pairs"] > 0
+    return inside and type(s.get("pairs")) is int and s["pairs"] > 0 and type(s.get("first_seed", 0)) is int
 
 
 def read_pairs_manifest(folder) -> dict:
@@ -69,14 +71,42 @@ def read_pairs_manifest(folder) -> dict:
     ours = isinstance(m, dict) and m.get("kind") == "pairs" and m.get("schema") == 1
     require(ours, f"{path}: not a manifest of pairs of schema 1", FileError)
     recipe, shards = m.get("recipe"), m.get("shards")
-    complete = isinstance(recipe, dict) and {"shape", "num_classes"} <= recipe.keys()
+    complete = isinstance(recipe, dict) and type(recipe.get("num_classes")) is int and recipe["num_classes"] >= 0
+    shape = recipe.get("shape") if complete else None
+    complete = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)
     require(complete, f"{path}: damaged: its recipe names no shape and number of classes", FileError)
     listed = isinstance(shards, list) and shards and all(map(_is_entry, shards))
     message = "damaged: its list of shards is not one of files in this folder, their pairs and sha256"
     require(listed, f"{path}: {message}", FileError)
     return m
 
-# %% ../../nbs/lab/25_store.ipynb #c644b891
+# %% ../../nbs/lab/25_store.ipynb #647fe412
+def _check_values(where, tensors: dict, num_classes: int, numbers, name: str):
+    "FileError unless noise and images are finite and labels in range, -1 without classes."
+    for k in tensors.keys() & {"noise", "image"}:
+        check_finite(f"{where}: {k}", tensors[k].isfinite().flatten(1).all(1), numbers, FileError, name)
+    low, high = int(tensors["label"].min()), int(tensors["label"].max())
+    fits = 0 <= low and high < num_classes if num_classes else low == high == -1
+    wanted = f"lie in 0..{num_classes - 1}" if num_classes else "be -1: there are no classes"
+    require(fits, f"{where}: labels must {wanted}, found {low}..{high}", FileError)
+
+
+def _arrays(folder, noise, image, labels) -> tuple:
+    "What is stored of what `save_pairs` was given: noise, image, label."
+    noise, image = torch.as_tensor(noise), torch.as_tensor(image)
+    floating = noise.is_floating_point() and image.is_floating_point()
+    advice = "image around [-1, 1], as to_float makes it of bytes"
+    given = f"{describe(noise)} and {describe(image)}"
+    require(floating, f"{folder}: noise and image must be floating-point, {advice}, not {given}", FileError)
+    label = torch.full((len(noise),), -1) if labels is None else torch.as_tensor(labels)
+    fits = len(noise) and noise.ndim == 4 and noise.shape == image.shape and label.shape == noise.shape[:1]
+    shapes = f"noise {tuple(noise.shape)}, image {tuple(image.shape)}, labels {tuple(label.shape)}"
+    require(fits, f"{folder}: pairs need noise and image (N, C, H, W) and labels (N,), not {shapes}", FileError)
+    whole = not label.is_floating_point() and label.dtype != torch.bool
+    require(whole, f"{folder}: labels must be whole numbers, not {label.dtype}", FileError)
+    return noise.float(), image if image.dtype == torch.float64 else image.float(), label.long()
+
+
 def save_pairs(folder, noise, image, labels=None, **recipe) -> dict:
     """Write a finished folder of pairs from arrays.
 
@@ -93,19 +123,21 @@ def save_pairs(folder, noise, image, labels=None, **recipe) -> dict:
         the manifest
 
     Raises:
-        FileError: the folder is not empty, or the arrays do not fit together
+        FileError: the folder is not empty, the arrays do not fit together, a value is NaN or infinite, noise or image
+            is not floating-point, or a label is out of range
+        ConfigError: num_classes or shard_size is not a whole number
     """
-    folder, noise, image = Path(folder), torch.as_tensor(noise).float(), torch.as_tensor(image)
-    image = image if image.dtype == torch.float64 else image.float()
+    folder, noise, image, label = Path(folder), *_arrays(folder, noise, image, labels)
     n = len(noise)
-    label = torch.full((n,), -1) if labels is None else torch.as_tensor(labels).long()
-    fits = n > 0 and noise.ndim == 4 and noise.shape == image.shape and label.shape == (n,)
-    shapes = f"noise {tuple(noise.shape)}, image {tuple(image.shape)}, labels {tuple(label.shape)}"
-    require(fits, f"{folder}: pairs need noise and image (N, C, H, W) and labels (N,), not {shapes}", FileError)
     empty = not folder.exists() or not any(folder.iterdir())
     require(empty, f"{folder}: not empty; name a new folder", FileError)
     recipe = dict(n=n, num_classes=int(label.max()) + 1, shape=list(noise.shape[1:]), shard_size=2000) | recipe
+    require_whole("num_classes", recipe["num_classes"], 0)
+    require_whole("shard_size", recipe["shard_size"])
     first_seed = recipe.get("first_seed")
+    numbers = range(first_seed or 0, (first_seed or 0) + n)
+    values = dict(noise=noise, image=image, label=label)
+    _check_values(folder, values, recipe["num_classes"], numbers, "pairs" if first_seed is None else "seeds")
     seed = torch.full((n,), -1) if first_seed is None else first_seed + torch.arange(n)
     entries = []
     for start in range(0, n, recipe["shard_size"]):
@@ -163,7 +195,19 @@ def remembered_digests(folder: Path, afresh: bool = False):
         except OSError:
             pass
 
-# %% ../../nbs/lab/25_store.ipynb #761c1605
+# %% ../../nbs/lab/25_store.ipynb #36c116c9
+def _bad_values(path: Path, entry: dict, recipe: dict) -> str:
+    "What is wrong with the values of a whole shard, or ''."
+    first = entry.get("first_seed")
+    numbers = range(first or 0, (first or 0) + entry["pairs"])
+    try:
+        tensors = load_tensors(path, verify=False)[0]
+        _check_values(path, tensors, recipe["num_classes"], numbers, "pairs" if first is None else "seeds")
+    except FileError as e:
+        return str(e)
+    return ""
+
+
 def verify_pairs(folder, afresh: bool = False) -> list:
     """Check every shard of a folder against the manifest.
 
@@ -178,15 +222,20 @@ def verify_pairs(folder, afresh: bool = False) -> list:
         FileError: the manifest is missing or damaged
     """
     folder, wrong = Path(folder), []
+    manifest = read_pairs_manifest(folder)
     with remembered_digests(folder, afresh) as known:
-        for s in read_pairs_manifest(folder)["shards"]:
+        for s in manifest["shards"]:
             path = folder / s["file"]
+            before = known.get(path.name)
             if not path.is_file():
                 wrong.append(f"{path}: missing; generate the pairs again, finished shards are kept")
             elif shard_digest(path, known) != s["sha256"]:
                 advice = "delete it and generate the pairs again"
                 wrong.append(f"{path}: damaged: its sha256 is not the manifest's; {advice}")
                 del known[path.name]  # only what is good is remembered
+            elif known[path.name] is not before and (fault := _bad_values(path, s, manifest["recipe"])):
+                wrong.append(fault)
+                del known[path.name]
     return wrong
 
 # %% ../../nbs/lab/25_store.ipynb #253c8757
@@ -260,7 +309,26 @@ class _Shard:
         advice = "delete it and generate the pairs again"
         raise FileError(f"{self.path}: shorter than its header says; {advice}")
 
-# %% ../../nbs/lab/25_store.ipynb #a94f75f2
+# %% ../../nbs/lab/25_store.ipynb #59e5f5dd
+def _places(index, n: int):
+    "The pairs of n that an index means, as in numpy: int64 (B,), each in 0 .. n - 1."
+    try:
+        found = np.arange(*index.indices(n)) if isinstance(index, slice) else np.asarray(index)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"pairs cannot be chosen by {str(index)[:80]}: {' '.join(str(e).split())}") from None
+    if found.dtype == bool:
+        require(found.shape == (n,), f"a mask of shape {found.shape} does not fit {n} pairs: it must have ({n},)")
+        return np.flatnonzero(found)
+    whole = found.ndim == 1 and (found.dtype.kind in "iu" or not found.size)
+    wanted = f"whole numbers (B,), a slice or a mask ({n},)"
+    require(whole, f"pairs are chosen by {wanted}, not by {type(index).__name__} of {found.dtype} {found.shape}")
+    found = found.astype(np.int64)
+    outside = found[(found < -n) | (found >= n)]
+    if len(outside):
+        raise IndexError(f"pair {outside[0]} is outside of 0..{n - 1}")
+    return np.where(found < 0, found + n, found)
+
+
 class PairDataset:
     """The pairs of a folder, by index; `batch` reads many at once.
 
@@ -292,25 +360,25 @@ class PairDataset:
         return int(self._ends[-1])
 
     def __getitem__(self, i):
-        return {k: v[0] for k, v in self.batch([i]).items()}
+        if isinstance(i, Integral) or getattr(i, "ndim", None) == 0:
+            return {k: v[0] for k, v in self.batch(np.asarray(i).reshape(1)).items()}
+        return self.batch(i)
 
     def batch(self, index):
         """Several pairs.
 
         Args:
-            index: whole numbers (B,), in any order; negative ones count from the end
+            index: whole numbers (B,), in any order, negative ones count from the end; a slice; or a mask, bool (len,)
 
         Returns:
             dict of tensors: noise, image (B, C, H, W) as stored (ours: float32); label, seed int64 (B,)
 
         Raises:
             IndexError: an index outside of the set
+            ConfigError: another kind of index, or a mask of another length
             FileError: a shard is missing or damaged
         """
-        index = np.asarray(index)
-        index = np.where(index < 0, index + len(self), index)
-        if ((index < 0) | (index >= len(self))).any():
-            raise IndexError(f"pair {index.min()} or {index.max()} is outside of 0..{len(self) - 1}")
+        index = _places(index, len(self))
         of = np.searchsorted(self._ends, index, side="right")  # each pair's shard
         kinds = {"noise": (np.float32, self.shape)}
         kinds |= {k: (dtype, shape[1:]) for k, (_, dtype, shape) in self._shard(0).tensors.items()}
