@@ -69,7 +69,7 @@ def _notes(record: dict) -> list:
         notes[-1] += " a tenth of the time."
     return notes
 
-# %% ../../nbs/lab/45_bench_table.ipynb #ee8accd1
+# %% ../../nbs/lab/45_bench_table.ipynb #ccc408ca
 def _row(record: dict, i: int) -> dict:
     r, single = record["rows"][i], "TF32" if record["device"] == "cuda" else "float32"
 
@@ -102,8 +102,6 @@ def bench_table(folder, record: dict) -> str:
     columns = [Column(key=k, label=v) for k, v in dict(size="what", task="task", row="how").items()]
     columns += [Column(key=k, label=label, digits=d, timing=True) for k, (label, d) in _MEASURED.items()]
     rows = [_row(record, i) for i in range(len(record["rows"]))]
-    if record["device"] == "cpu":
-        rows.append(dict(size="GPU", task="all", row="not yet measured on a GPU"))
     title, stem = "Speed: the released formulation against ours", f"bench_{record['device']}"
     return save_table(folder, stem, title, columns, rows, _notes(record))
 
