@@ -73,7 +73,7 @@ def unpatchify(tokens, patch: int, channels: int):
     x = tokens.reshape(B, n, n, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(B, channels, n * patch, n * patch)
 
-# %% ../nbs/20_layers.ipynb #0f44f44b
+# %% ../nbs/20_layers.ipynb #50f6dbb2
 def sincos_1d(n: int, dim: int):
     """Sine-cosine code of a position; computed in float64.
 
@@ -86,7 +86,7 @@ def sincos_1d(n: int, dim: int):
     """
     omega = 10000.0 ** (-torch.arange(dim // 2, dtype=torch.float64, device="cpu") / (dim // 2))
     angle = torch.outer(torch.arange(n, dtype=torch.float64, device="cpu"), omega)
-    return torch.cat([angle.sin(), angle.cos()], 1).float().to(torch.get_default_device())
+    return torch.cat([angle.sin(), angle.cos()], 1).float()
 
 
 def sincos_2d(n: int, dim: int):
@@ -102,7 +102,8 @@ def sincos_2d(n: int, dim: int):
     advice = f"a multiple of 4, e.g. {dim - dim % 4 + 4}"
     require(dim % 4 == 0, f"dim {dim}: the position table needs {advice}")
     code = sincos_1d(n, dim // 2)
-    return torch.cat([code.repeat(n, 1), code.repeat_interleave(n, 0)], 1)[None]
+    table = torch.cat([code.repeat(n, 1), code.repeat_interleave(n, 0)], 1)[None]
+    return table.to(torch.get_default_device())  # computed on a CPU: the same numbers everywhere
 
 # %% ../nbs/20_layers.ipynb #3b33e9cc
 class Attention(nn.Module):

@@ -27,7 +27,7 @@ TEACHERS = {
     "edm-cifar10-32x32-uncond-ve": _NCSNPP,
 }
 
-# %% ../nbs/14_teachers.ipynb #a8f638e3
+# %% ../nbs/14_teachers.ipynb #31b834ba
 def build_teacher(name: str, *, num_classes: int = None, image_size: int = 32, channels: int = 3, **overrides):
     """A denoiser D(x; sigma, labels) with fresh weights; `get_nb.create_teacher` can load weights too.
 
@@ -58,4 +58,7 @@ def build_teacher(name: str, *, num_classes: int = None, image_size: int = 32, c
     teacher.config = dict(
         builder="teacher", name=name, num_classes=num_classes, image_size=image_size, channels=channels, **overrides
     )
-    return teacher.to(memory_format=torch.channels_last)  # the same numbers, faster convolutions
+    for p in teacher.parameters():
+        if p.ndim == 4:  # the same numbers, faster convolutions
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return teacher

@@ -1,11 +1,15 @@
 """Every model, teacher, sampler, loss, training step and feature network on a GPU that is not there: all tensors are where they should be, and the CPU never waits."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from fake_gpu import FakeGPU, Waits, left_behind
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from get_nb.distillation import DistillConfig, distill_loss
 from get_nb.evaluation import generate
+from get_nb.get import GET, GETConfig
 from get_nb.kd import OneStep
 from get_nb.precond import IdealDenoiser
 from get_nb.presets import build_model
@@ -137,3 +141,38 @@ def test_samplers_stay_on_the_gpu_and_do_not_wait(gpu, name):
     with gpu.no_wait():
         out = SAMPLERS[name](net, noise, labels)
     assert out.device.type == "cuda" and out.shape == noise.shape
+
+
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_with_a_tolerance_a_model_waits(gpu, num_classes):
+    net = build_model("GET-digits/2", num_classes=num_classes, **SHAPE, tol=1e-3).to("cuda")
+    noise, labels = inputs(num_classes)
+    with torch.no_grad(), pytest.raises(DataDependentOutputException):
+        net(noise, labels)
+
+
+@pytest.mark.parametrize("tol, waits", [(0.0, False), (1e-3, True)])
+def test_the_released_get_waits_for_its_tolerance_alone(gpu, tol, waits):
+    net, (noise, _) = GET(GETConfig(dim=16, heads=2, depth=1, tol=tol), image_size=8, channels=1).to("cuda"), inputs(0)
+    with gpu.no_wait(), pytest.raises(DataDependentOutputException) if waits else nullcontext():
+        net(noise)
+
+
+@pytest.mark.parametrize("name, options", [("ViT-digits/2", {}), ("GET-digits/2", dict(state="normalized"))])
+def test_the_loss_compiles_to_one_graph(name, options):
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=10, **SHAPE, **options)
+    noise, labels, image = torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), torch.randn(4, 1, 8, 8)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    cfg = DistillConfig(n_iter=3)
+
+    def loss(model, *batch):
+        return distill_loss(model, *batch, cfg)
+
+    found = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        value = f(model, noise, labels, image)
+        value.backward()
+        found.append([value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True))
