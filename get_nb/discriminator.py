@@ -76,7 +76,7 @@ class BackbonePyramid(nn.Module):
         x = F.interpolate(x, size=(self.resolution,) * 2, mode="bilinear", align_corners=False)
         return self.net(((x.expand(-1, 3, -1, -1) + 1) / 2 - self.mean) / self.std)
 
-# %% ../nbs/44_discriminator.ipynb #cc56b1b0
+# %% ../nbs/44_discriminator.ipynb #2752aa6f
 class Projection(nn.Module):
     """A pyramid with random cross-channel and cross-scale mixing, all frozen (Projected GAN, section 3.2).
 
@@ -92,8 +92,9 @@ class Projection(nn.Module):
         with torch.no_grad():
             maps = pyramid(probe)
         self.pyramid, self.sizes = pyramid, [m.shape[-1] for m in maps]
-        self.channels = nn.ModuleList(nn.Conv2d(m.shape[1], dim, 1, bias=False) for m in maps)
-        self.scales = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, bias=False) for _ in maps)
+        kw = dict(bias=False, device="cpu")  # where the random numbers come from
+        self.channels = nn.ModuleList(nn.Conv2d(m.shape[1], dim, 1, **kw) for m in maps)
+        self.scales = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1, **kw) for _ in maps)
         for i, conv in enumerate([*self.channels, *self.scales]):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="linear", generator=torch_rng("mixing", seed, i))
         self.to(probe.device).eval().requires_grad_(False)
@@ -173,7 +174,7 @@ class DiscriminatorConfig:
     width: PositiveInt = 64
     seed: NonNegativeInt = 0
 
-# %% ../nbs/44_discriminator.ipynb #e38527a6
+# %% ../nbs/44_discriminator.ipynb #5754f0c1
 class Discriminator(nn.Module):
     """Heads over frozen projections (Projected GAN; GDD). Only the heads are parameters.
 
@@ -191,6 +192,11 @@ class Discriminator(nn.Module):
         for p in self.projections:
             heads = [Head(cfg.dim, cfg.width, size, num_classes) for size in p.sizes]
             self.heads.append(nn.ModuleList(heads))
+
+    def _apply(self, fn, recurse=True):  # of nn.Module: what `.to`, `.cuda` and `.double` do; the projections follow
+        for p in self.projections:
+            p._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def forward(self, x, labels=None):
         """Logits, high for "real".

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['correction_weights', 'DistillConfig', 'distill_loss', 'iterations_at', 'pairs_loss', 'distill']
 
-# %% ../nbs/31_distillation.ipynb #7dacf666
+# %% ../nbs/31_distillation.ipynb #c0a40de4
 from dataclasses import asdict
 from typing import Literal
 
@@ -13,7 +13,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from .gradients import supervised
 from .jacobian import jacobian_penalty, residual_penalty
-from .lab.core import Fraction, Ints, config, nearest, require, rng
+from .lab.core import Fraction, Ints, config, nearest, require, rng, send
 from .lab.schedule import TrainConfig, batch_indices
 from .lab.train import train
 from .losses import get_loss
@@ -145,7 +145,7 @@ def iterations_at(cfg: DistillConfig, step: int, steps: int, seed: int = 0) -> i
         return low + (high - low + 1) * step // steps
     return low
 
-# %% ../nbs/31_distillation.ipynb #c1b6bde0
+# %% ../nbs/31_distillation.ipynb #6996ca45
 def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, distance=None, formulation=None):
     """The correction loss on some of the stored pairs.
 
@@ -165,8 +165,8 @@ def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, dist
         ConfigError: as `distill_loss`
     """
     device, batch = next(model.parameters()).device, pairs.batch(index)
-    noise, image = batch["noise"].to(device), batch["image"].float().to(device)
-    labels = batch["label"].to(device) if model.config["num_classes"] else None
+    noise, image = send(batch["noise"], device), send(batch["image"].float(), device)
+    labels = send(batch["label"], device) if model.config["num_classes"] else None
     return distill_loss(formulation or model, noise, labels, image, cfg, n_iter, distance)
 
 # %% ../nbs/31_distillation.ipynb #64d14c8b

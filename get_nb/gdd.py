@@ -7,7 +7,7 @@ __all__ = ['INNATE', 'GDD', 'freeze_innate', 'parameters_by_kind', 'layer_activa
            'draw_inputs', 'real_batches', 'generate_fakes', 'right_logits', 'GanBatch', 'variety', 'Gan', 'gan_history',
            'train_gan']
 
-# %% ../nbs/45_gdd.ipynb #0ab71f57
+# %% ../nbs/45_gdd.ipynb #64bdb597
 import re
 from dataclasses import asdict, dataclass, field, replace
 
@@ -16,7 +16,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from .discriminator import R1_GAMMA, discriminator_loss, generator_loss, r1_penalty
-from .lab.core import config, require, torch_rng
+from .lab.core import config, require, send, torch_rng
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices, learning_rate
 from .lab.state import Method
@@ -229,7 +229,7 @@ def variety(run, batch: GanBatch) -> dict:
         contrasts.append(logits.std(1).mean())
     return dict(contrast=torch.stack(contrasts).mean(), diversity=fake.std(0).mean() / batch.real.std(0).mean())
 
-# %% ../nbs/45_gdd.ipynb #ac5e07f5
+# %% ../nbs/45_gdd.ipynb #92030ca5
 class Gan(Method):
     """A generator against a critic: two networks, two optimizers; the generator is averaged.
 
@@ -286,7 +286,7 @@ class Gan(Method):
         """
         real, real_labels = self.real(run.step)
         noise, labels = draw_inputs(real.shape[1:], self.num_classes, run.step, run.cfg)
-        return GanBatch(*(None if v is None else v.to(run.device) for v in (noise, labels, real, real_labels)))
+        return GanBatch(*(send(v, run.device) for v in (noise, labels, real, real_labels)))
 
     def generator_terms(self, batch: GanBatch, step: int, share: slice) -> dict:
         """The generator's loss: its images should look real.

@@ -181,7 +181,7 @@ def equilibrium_step(blocks, z, u, c=None):
         z = block(z, c, u_i)
     return z
 
-# %% ../nbs/21_get.ipynb #1f911e94
+# %% ../nbs/21_get.ipynb #a4933e80
 class GET(ViT):
     """Generative Equilibrium Transformer as released [GET, section 3; locuslab/get, models/get.py].
 
@@ -250,7 +250,7 @@ class GET(ViT):
             better = residual < lowest
             best = torch.where(better[:, None, None], fz, best)
             lowest = torch.where(better, residual, lowest)
-            if residual.max() < self.cfg.tol:
+            if self.cfg.tol and residual.max() < self.cfg.tol:  # the one value that the host waits for
                 break
             z = fz
         return self.decode(best)

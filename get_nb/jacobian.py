@@ -6,11 +6,11 @@
 __all__ = ['VIEWS', 'normalize_state', 'subtract_mean', 'state_residuals', 'spectral_radius', 'jacobian_penalty',
            'residual_penalty']
 
-# %% ../nbs/24_jacobian.ipynb #b9d200cd
+# %% ../nbs/24_jacobian.ipynb #891df3ef
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .lab.core import torch_rng
+from .lab.core import send, torch_rng
 
 # %% ../nbs/24_jacobian.ipynb #fc75b508
 def normalize_state(z):
@@ -86,7 +86,7 @@ def spectral_radius(f, z, n_iter: int = 40, project=None, seed: int = 0):
             growth.append(v.flatten(1).norm(dim=1))
     return torch.stack(growth[n_iter // 2 :]).clamp(min=tiny).log().mean(0).exp()
 
-# %% ../nbs/24_jacobian.ipynb #c22580aa
+# %% ../nbs/24_jacobian.ipynb #ae12ff3f
 def jacobian_penalty(f, z, probes: int = 1, seed: int = None):
     """Hutchinson's estimate of the squared Frobenius norm of the Jacobian (Bai, Koltun and Kolter 2021).
 
@@ -104,7 +104,7 @@ def jacobian_penalty(f, z, probes: int = 1, seed: int = None):
         z, total = z.detach().requires_grad_(), 0.0
         fz = f(z)
         for _ in range(probes):
-            v = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+            v = send(torch.randn(z.shape, generator=generator, dtype=z.dtype), z.device)
             (vJ,) = torch.autograd.grad(fz, z, v, create_graph=True)
             total = total + vJ.square().sum() / z.numel()
     return total / probes

@@ -6,11 +6,11 @@
 __all__ = ['VGG_LAYERS', 'VGG_CHANNELS', 'PERCEPTUAL', 'LOSSES', 'l1', 'l2', 'perceptual_input', 'make_lpips', 'make_dists',
            'get_loss']
 
-# %% ../nbs/30_losses.ipynb #21e04282
+# %% ../nbs/30_losses.ipynb #203a4c51
 import torch
 from torch.nn import functional as F
 
-from .lab.core import ConfigError, nearest
+from .lab.core import ConfigError, nearest, send
 
 # %% ../nbs/30_losses.ipynb #2b3f019f
 def l1(image, target):
@@ -56,7 +56,15 @@ def perceptual_input(x):
         x = x.expand(-1, 3, -1, -1)
     return (F.interpolate(x, size=(224, 224), mode="bilinear") + 1) / 2
 
-# %% ../nbs/30_losses.ipynb #d33fc58f
+# %% ../nbs/30_losses.ipynb #cc634880
+def _follow(distance, x):
+    "Put piq's constants where x is."
+    if distance.mean.device != x.device:
+        distance.mean, distance.std, *distance.weights = (
+            send(v, x.device) for v in (distance.mean, distance.std, *distance.weights)
+        )
+
+
 def make_lpips(backbone, weights: list):
     """LPIPS on a given network (Zhang et al. 2018; the weights stand outside the square, as in their code), by piq.
 
@@ -72,11 +80,12 @@ def make_lpips(backbone, weights: list):
     distance = ContentLoss(backbone, layers=VGG_LAYERS, weights=weights, normalize_features=True)
 
     def lpips(image, target):
+        _follow(distance, image)
         return distance(perceptual_input(image), perceptual_input(target))
 
     return lpips
 
-# %% ../nbs/30_losses.ipynb #ff7cdc8b
+# %% ../nbs/30_losses.ipynb #5f72bb05
 def make_dists(backbone, weights: list):
     """DISTS on a given network (Ding et al. 2020), computed by piq.
 
@@ -95,6 +104,7 @@ def make_dists(backbone, weights: list):
     )
 
     def dists(image, target):
+        _follow(distance, image)
         return distance(perceptual_input(image), perceptual_input(target))
 
     return dists

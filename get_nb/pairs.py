@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['pair_noise', 'pair_label', 'draw_noise', 'PairsConfig', 'sample_pairs']
 
-# %% ../nbs/13_pairs.ipynb #84cdc8fe
+# %% ../nbs/13_pairs.ipynb #b42e7bc9
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from .lab.core import Precision, autocast, config, rng
+from .lab.core import Precision, autocast, config, rng, send
 from .sampler import SAMPLERS
 
 # %% ../nbs/13_pairs.ipynb #f9bcc529
@@ -95,7 +95,7 @@ class PairsConfig:
     compile: bool = False
     teacher: str
 
-# %% ../nbs/13_pairs.ipynb #da28e5bd
+# %% ../nbs/13_pairs.ipynb #767f08bb
 def sample_pairs(denoiser, seeds, cfg: PairsConfig):
     """Run the teacher from the noise of some seeds.
 
@@ -112,9 +112,9 @@ def sample_pairs(denoiser, seeds, cfg: PairsConfig):
     levels = dict(num_steps=cfg.num_steps, sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max, rho=cfg.rho)
     images = []
     for e, y in zip(noise.split(cfg.batch_size), labels.split(cfg.batch_size)):
-        y = y.to(device) if cfg.num_classes else None
+        y = send(y, device) if cfg.num_classes else None
         with autocast(cfg.precision, device):
-            x = SAMPLERS[cfg.sampler](denoiser, e.to(device), y, **levels)
+            x = SAMPLERS[cfg.sampler](denoiser, send(e, device), y, **levels)
         images.append(x.float().cpu())
     pairs = dict(seed=torch.tensor(list(seeds)), label=labels, image=torch.cat(images))
     if cfg.store_noise:

@@ -6,15 +6,17 @@
 __all__ = ['check_sigma', 'IdealDenoiser', 'edm_coefficients', 'PositionalEmbedding', 'FourierEmbedding', 'EDMPrecond',
            'edm_loss']
 
-# %% ../nbs/10_precond.ipynb #eb55bdf4
+# %% ../nbs/10_precond.ipynb #a75e190b
+from numbers import Real
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .lab.core import require
+from .lab.core import require, send
 from .lab.images import check_labels, readable
 
-# %% ../nbs/10_precond.ipynb #f93cd6cd
+# %% ../nbs/10_precond.ipynb #6357900d
 def check_sigma(sigma, x):
     """Refuse noise levels that a denoiser cannot take; those on a GPU are not looked at.
 
@@ -33,7 +35,14 @@ def check_sigma(sigma, x):
         good = ((levels > 0) & levels.isfinite()).all()
         require(good, f"sigma must be above 0 and finite, found {levels.min().item():g} .. {levels.max().item():g}")
 
-# %% ../nbs/10_precond.ipynb #db43fbe0
+
+def _on(device, sigma, dtype):
+    "Noise levels where they are needed; a GPU writes a number itself instead of waiting for its copy."
+    if isinstance(sigma, Real):
+        return torch.full((), sigma, dtype=dtype, device=device)
+    return send(torch.as_tensor(sigma, dtype=dtype), device)
+
+# %% ../nbs/10_precond.ipynb #7b5591c7
 class IdealDenoiser(nn.Module):
     """The best possible denoiser for a finite set of images (EDM, appendix B.3 and figure 1).
 
@@ -60,7 +69,7 @@ class IdealDenoiser(nn.Module):
             D(x; sigma), float64 (B, C, H, W)
         """
         check_sigma(sigma, x)
-        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1)
+        sigma = _on(x.device, sigma, torch.float64).reshape(-1, 1)
         y = self.images.flatten(1).double()
         log_w = -(torch.cdist(x.flatten(1).double(), y) ** 2) / (2 * sigma**2)  # (B, N)
         if labels is not None:
@@ -150,7 +159,7 @@ def _class_vectors(labels, num_classes: int, batch: int, device):
     table = torch.eye(num_classes + 1, device=device)[:, 1:]  # the row of -1 is zero
     return F.embedding(labels + 1, table)
 
-# %% ../nbs/10_precond.ipynb #830ef160
+# %% ../nbs/10_precond.ipynb #8cecfbe2
 class EDMPrecond(nn.Module):
     """A network F made into a denoiser D(x; sigma): EDM, eq. 7. Released state dicts fit `model.*`.
 
@@ -184,7 +193,7 @@ class EDMPrecond(nn.Module):
         """
         check_sigma(sigma, x)
         x = x.float()
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        sigma = _on(x.device, sigma, torch.float32).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
         classes = _class_vectors(labels, self.num_classes, len(x), x.device)
         F_x = self.model(c_in * x, c_noise.flatten().expand(len(x)), classes, augment)

@@ -6,7 +6,7 @@
 __all__ = ['ddim_step', 'ddim_sample', 'two_step_target', 'snr_weight', 'progressive_loss', 'ProgressiveConfig', 'step_counts',
            'distill_progressively']
 
-# %% ../nbs/41_progressive.ipynb #75f803e8
+# %% ../nbs/41_progressive.ipynb #0f90d0fa
 import copy
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
-from .lab.core import config, require, torch_rng
+from .lab.core import config, require, send, torch_rng
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices
 from .lab.train import train
@@ -152,7 +152,7 @@ def step_counts(cfg: ProgressiveConfig) -> list:
     require(counts[-1] == cfg.end and len(counts) > 1, message)
     return counts[1:]
 
-# %% ../nbs/41_progressive.ipynb #c2e982ec
+# %% ../nbs/41_progressive.ipynb #4f59b2f4
 def _examples(data: ImageSet, n: int, step: int, train_cfg: TrainConfig, conditional: bool):
     "Images, labels or None, noise and places of a step of n-step distillation: a function of (seed, step) alone."
     image, labels = data.batch(batch_indices(len(data), train_cfg.batch_size, step, train_cfg.seed))
@@ -167,7 +167,7 @@ def _halve(teacher, sigmas, data, n: int, weight: str, train_cfg: TrainConfig, c
 
     def loss_fn(model, step, share):
         batch = _examples(data, n, step, train_cfg, conditional)
-        image, labels, noise, place = (None if v is None else v[share].to(sigmas.device) for v in batch)
+        image, labels, noise, place = (None if v is None else send(v[share], sigmas.device) for v in batch)
         return progressive_loss(model, teacher, image, labels, noise, place, sigmas, weight)
 
     _, history = train(student, loss_fn, train_cfg, folder, identity, f"{n} steps")

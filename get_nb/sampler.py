@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'edm_sigmas', 'euler_sample', 'Churn', 'heun_sample', 'num_evaluations']
 
-# %% ../nbs/12_sampler.ipynb #377e7f03
+# %% ../nbs/12_sampler.ipynb #dbda4481
 import math
 
 import torch
 from pydantic import NonNegativeFloat
 
-from .lab.core import build_config, config, require, require_whole, torch_rng
+from .lab.core import build_config, config, require, require_whole, send, torch_rng
 
 # %% ../nbs/12_sampler.ipynb #fd053461
 def _require_noise(noise):
@@ -78,7 +78,7 @@ def euler_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002,
         x = x + (t_next - t_cur) * _slope(denoiser, x, t_cur, labels)
     return x
 
-# %% ../nbs/12_sampler.ipynb #6e4b4c2b
+# %% ../nbs/12_sampler.ipynb #4a22ff36
 @config
 class Churn:
     """Noise that is added while sampling (EDM, algorithm 2); the default adds none.
@@ -100,13 +100,11 @@ class Churn:
 
 def _add_noise(x, t, i: int, num_steps: int, churn: Churn):
     "Raise the noise level of x from t to t_hat: x_hat, t_hat of EDM, algorithm 2."
-    if not churn.S_churn:  # without churn no level is looked at: a GPU would be waited for
+    if not churn.S_churn:
         return x, t
-    gamma = min(churn.S_churn / num_steps, 2**0.5 - 1) if churn.S_min <= float(t) <= churn.S_max else 0.0
-    if not gamma:
-        return x, t
-    t_hat = t * (1 + gamma)
-    eps = torch.randn(x.shape, dtype=x.dtype, generator=torch_rng("churn", churn.seed, i)).to(x.device)
+    inside = (churn.S_min <= t) & (t <= churn.S_max)  # 1 or 0, on the device: elsewhere t_hat = t and nothing is added
+    t_hat = t * (1 + inside.to(t.dtype) * min(churn.S_churn / num_steps, 2**0.5 - 1))
+    eps = send(torch.randn(x.shape, dtype=x.dtype, generator=torch_rng("churn", churn.seed, i)), x.device)
     return x + (t_hat**2 - t**2).sqrt() * churn.S_noise * eps, t_hat
 
 # %% ../nbs/12_sampler.ipynb #1f1a7f82

@@ -1,121 +1,178 @@
-"""Models, samplers and losses on a GPU that is not there: shapes alone (FakeTensorMode), where a value on the host is an error."""
+"""Every model, teacher, sampler, loss, training step and feature network on a GPU that is not there: all tensors are where they should be, and the CPU never waits."""
 
-import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import nullcontext
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
+from fake_gpu import FakeGPU, Waits, left_behind
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from get_nb.distillation import DistillConfig, distill_loss
-from get_nb.lab.checkpoints import create_model, create_teacher
-from get_nb.sampler import euler_sample, heun_sample
+from get_nb.evaluation import generate
+from get_nb.get import GET, GETConfig
+from get_nb.kd import OneStep
+from get_nb.precond import IdealDenoiser
+from get_nb.presets import build_model
+from get_nb.progressive import ddim_sample
+from get_nb.sampler import edm_sigmas, euler_sample, heun_sample
+from get_nb.teachers import TEACHERS, build_teacher
 
-GETS = (
-    dict(tol=None),
-    dict(tol=None, state="normalized"),
-    dict(tol=None, injection="adaln"),
-    dict(tol=None, injection="none"),
-    dict(tol=None, z0="zero", select="last"),
-    dict(tol=None, z0="normal"),
-    dict(tol=None, solver="anderson"),
-    dict(tol=None, solver="broyden"),
-    dict(tol=None, weight_norm="spectral"),
-    dict(tol=None, shared=False),
-)
 SHAPE = dict(image_size=8, channels=1)
+SMALL = dict(base=8, mult=(1, 2), blocks=1, attention=(4,))  # of a teacher
+HOW = ["built there", "moved"]
+OPTIONS = [  # of a GET: each value of each field that changes what is computed
+    dict(),
+    dict(injection="adaln"),
+    dict(injection="none"),
+    dict(state="normalized"),
+    dict(z0="normal"),
+    dict(select="lowest"),
+    dict(shared=False, n_iter=2),
+    dict(weight_norm="weight"),
+    dict(weight_norm="spectral"),
+    dict(solver="anderson", gradient="phantom"),
+    dict(solver="broyden", gradient="phantom"),
+    dict(gradient="phantom", phantom_steps=2, phantom_tau=0.5),
+    dict(gradient="implicit", state="normalized"),
+    dict(constant_memory=True),
+]
+CASES = [("ViT-digits/2", {})] + [("GET-digits/2", o) for o in OPTIONS]
 
 
-def on_fake_gpu(f, *args, **kw):
-    "Call f where every tensor is made on a GPU that has shapes and no values."
-    with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"):
-        f(*args, **kw)
+@pytest.fixture
+def gpu():
+    with FakeGPU() as g:
+        yield g
 
 
-def whole(model):
-    "The model, no part of which may have stayed on the CPU."
-    parts = itertools.chain(model.named_parameters(), model.named_buffers())
-    stayed = [name for name, t in parts if t.device.type != "cuda"]
-    assert not stayed, f"on the CPU: {stayed}"
-    return model
+def build(how, create, *args, **kw):
+    "A network on the fake GPU: built there, or built on the CPU and moved."
+    if how == "moved":
+        return create(*args, **kw).to("cuda")
+    with torch.device("cuda"):
+        return create(*args, **kw)
 
 
-def inputs(classes):
-    return torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64) if classes else None
+def inputs(num_classes, n=2, channels=1, size=8):
+    y = torch.zeros(n, dtype=torch.int64, device="cuda") if num_classes else None
+    return torch.randn(n, channels, size, size, device="cuda"), y
 
 
-def sample_and_distil(name, classes, **options):
-    model, (noise, labels) = whole(create_model(name, num_classes=classes, **SHAPE, **options)), inputs(classes)
-    with torch.no_grad():
-        assert model.eval()(noise, labels).device.type == "cuda"
-    distill_loss(model.train(), noise, labels, noise, DistillConfig(n_iter=3))
+PLANTED = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool((x > 0).all()),
+    "if": lambda x: 1 if x.max() < 3 else 0,
+    "float": lambda x: float(x.mean()),
+    "tolist": lambda x: x.tolist(),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "equal": lambda x: torch.equal(x, x),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.cpu().numpy(),
+    "copy to": lambda x: torch.empty(x.shape).copy_(x),
+    "to": lambda x: torch.zeros(3).to(x.device),
+    "half asynchronous": lambda x: torch.zeros(3).to(x.device, non_blocking=True),
+    "copy from": lambda x: x.copy_(torch.zeros(x.shape)),
+    "scalar": lambda x: torch.tensor(2.0, device=x.device),
+    "list": lambda x: torch.as_tensor([1.0, 2.0], device=x.device),
+    "index": lambda x: x[torch.tensor([0, 1])],
+    "list index": lambda x: x[[0, 1]],
+    "unique": lambda x: x.unique(),
+}
 
 
-def denoise(variant, classes):
-    teacher = whole(create_teacher("unet-digits", num_classes=classes, variant=variant, **SHAPE)).eval()
-    noise, labels = inputs(classes)
-    with torch.no_grad():
-        for image in (
-            teacher(noise, torch.ones(4), labels),
-            heun_sample(teacher, noise, labels, num_steps=3),
-            euler_sample(teacher, noise, labels, num_steps=3),
-        ):
-            assert image.device.type == "cuda" and image.shape == noise.shape
+@pytest.mark.parametrize("name", PLANTED)
+def test_this_file_notices_what_waits(gpu, name):
+    x = torch.randn(2, 3, device="cuda")
+    PLANTED["cpu"](x)  # where waiting is allowed it is
+    with gpu.no_wait(), pytest.raises((Waits, DataDependentOutputException, DynamicOutputShapeException)):
+        PLANTED[name](x)
 
 
-def waits_for_a_value(f, *args, **kw):
-    "f is expected to ask the GPU for a number."
-    with pytest.raises(Exception, match="data.dependent|DataDependent|item|Boolean|is_nonzero|local_scalar"):
-        on_fake_gpu(f, *args, **kw)
+def test_this_file_notices_a_tensor_on_the_wrong_device(gpu):
+    with pytest.raises(Exception, match="same device"):
+        torch.randn(3, device="cuda") + torch.randn(3)
 
 
-def all_models():
-    for classes in (0, 10):
-        on_fake_gpu(sample_and_distil, "ViT-digits/2", classes)
-        for options in GETS:
-            on_fake_gpu(sample_and_distil, "GET-digits/2", classes, **options)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("num_classes", [0, 3])
+@pytest.mark.parametrize("name, options", CASES, ids=str)
+def test_models_stay_on_the_gpu_and_do_not_wait(gpu, name, options, num_classes, how):
+    net = build(how, build_model, name, num_classes=num_classes, **SHAPE, **options)
+    assert not left_behind(net)
+    noise, labels = inputs(num_classes)
+    with gpu.no_wait():
+        with torch.no_grad():
+            out = [net.eval()(noise, labels)]
+        out += net.train().unrolled(noise, labels, n_iter=2)
+    assert all(x.device.type == "cuda" and x.shape == noise.shape for x in out)
 
 
-def all_teachers():
-    for classes, variant in itertools.product((0, 10), ("ddpmpp", "ncsnpp")):
-        on_fake_gpu(denoise, variant, classes)
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teachers_stay_on_the_gpu_and_do_not_wait(gpu, name, how):
+    num_classes = 0 if "uncond" in name else 3
+    net = build(how, build_teacher, name, num_classes=num_classes, **SHAPE, **SMALL)
+    assert not left_behind(net)
+    noise, labels = inputs(num_classes)
+    augment = torch.zeros(2, 9, device="cuda") if hasattr(net.model, "map_augment") else None
+    with gpu.no_wait():
+        out = net(noise, noise[:, 0, 0, 0].exp(), labels, augment)
+    assert out.device.type == "cuda" and out.shape == noise.shape
 
 
-def what_must_wait():
-    "A tolerance needs a value by its nature; a planted one is noticed, too."
-    waits_for_a_value(sample_and_distil, "GET-digits/2", 0, tol=1e-3)
-    waits_for_a_value(lambda: torch.ones(3).sum().item())
-    waits_for_a_value(lambda: bool(torch.ones(3).max() > 0))
+SAMPLERS = {
+    "Heun": lambda net, x, y: heun_sample(net, x, y, num_steps=2),
+    "Heun with churn": lambda net, x, y: heun_sample(net, x, y, num_steps=2, S_churn=4.0, S_min=0.05, S_max=50.0),
+    "Euler": lambda net, x, y: euler_sample(net, x, y, num_steps=2),
+    "DDIM": lambda net, x, y: ddim_sample(net, x, y, edm_sigmas(2, device="cuda")),
+    "one step": lambda net, x, y: OneStep(net)(x, y),
+    "generate": lambda net, x, y: generate(net, x, y, num_steps=1),
+    "a number as level": lambda net, x, y: net(x, 0.5, y),
+    "finite set": lambda net, x, y: net.finite(x, 2.0, y),
+}
 
 
-def compiled_losses():
-    for name, options in (("ViT-digits/2", {}), ("GET-digits/2", dict(tol=None, z0="zero", state="normalized"))):
-        torch.manual_seed(0)
-        model, (noise, labels) = create_model(name, num_classes=10, **SHAPE, **options).train(), inputs(10)
-        image, cfg = torch.randn_like(noise), DistillConfig(n_iter=3)
-        torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
-
-        def loss(m, noise, labels, image):
-            return distill_loss(m, noise, labels, image, cfg)  # noqa: B023
-
-        fast = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        gradients = []
-        for f in (loss, fast):
-            model.zero_grad()
-            value = f(model, noise, labels, image)
-            value.backward()
-            gradients.append([value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*gradients, strict=True))
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_stay_on_the_gpu_and_do_not_wait(gpu, name):
+    net = build_teacher("unet-digits", num_classes=3, **SHAPE, **SMALL).to("cuda").eval()
+    net.finite = IdealDenoiser(torch.randn(5, 1, 8, 8), torch.arange(5) % 3).to("cuda")
+    noise, labels = inputs(3)
+    with gpu.no_wait():
+        out = SAMPLERS[name](net, noise, labels)
+    assert out.device.type == "cuda" and out.shape == noise.shape
 
 
-@pytest.mark.parametrize("part", ["all_models", "all_teachers", "what_must_wait", "compiled_losses"])
-def test_a_gpu_that_is_not_there(part):
-    "In a process of its own: what torch starts here would keep later tests from forking."
-    here = Path(__file__).parent
-    env = os.environ | dict(PYTHONPATH=f"{here}{os.pathsep}{here.parent}")
-    code = f"import test_fake_cuda as t; t.{part}()"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.mark.parametrize("num_classes", [0, 3])
+def test_with_a_tolerance_a_model_waits(gpu, num_classes):
+    net = build_model("GET-digits/2", num_classes=num_classes, **SHAPE, tol=1e-3).to("cuda")
+    noise, labels = inputs(num_classes)
+    with torch.no_grad(), pytest.raises(DataDependentOutputException):
+        net(noise, labels)
+
+
+@pytest.mark.parametrize("tol, waits", [(0.0, False), (1e-3, True)])
+def test_the_released_get_waits_for_its_tolerance_alone(gpu, tol, waits):
+    net, (noise, _) = GET(GETConfig(dim=16, heads=2, depth=1, tol=tol), image_size=8, channels=1).to("cuda"), inputs(0)
+    with gpu.no_wait(), pytest.raises(DataDependentOutputException) if waits else nullcontext():
+        net(noise)
+
+
+@pytest.mark.parametrize("name, options", [("ViT-digits/2", {}), ("GET-digits/2", dict(state="normalized"))])
+def test_the_loss_compiles_to_one_graph(name, options):
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=10, **SHAPE, **options)
+    noise, labels, image = torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), torch.randn(4, 1, 8, 8)
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    cfg = DistillConfig(n_iter=3)
+
+    def loss(model, *batch):
+        return distill_loss(model, *batch, cfg)
+
+    found = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        value = f(model, noise, labels, image)
+        value.backward()
+        found.append([value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True))

@@ -6,13 +6,13 @@
 __all__ = ['ClassifierConfig', 'Classifier', 'create_classifier', 'jitter', 'train_classifier', 'class_accuracy',
            'load_classifier']
 
-# %% ../../nbs/lab/13_classifier.ipynb #b8e923f1
+# %% ../../nbs/lab/13_classifier.ipynb #bf4a569b
 import torch
 from pydantic import PositiveInt
 from torch import nn
 from torch.nn import functional as F
 
-from .core import FileError, build_config, config, torch_rng
+from .core import FileError, build_config, config, send, torch_rng
 from .files import fit_weights, read_checkpoint
 from .images import ImageSet, to_float
 from .schedule import TrainConfig, batch_indices
@@ -122,7 +122,7 @@ def jitter(x, g):
     x = F.pad(x, (1, 1, 1, 1), value=-1.0)[..., 1 + dy : x.shape[2] + 1 + dy, 1 + dx : x.shape[3] + 1 + dx]
     return x + 0.1 * torch.randn(x.shape, generator=g).to(x)
 
-# %% ../../nbs/lab/13_classifier.ipynb #edac8616
+# %% ../../nbs/lab/13_classifier.ipynb #ebc7c773
 def train_classifier(model: Classifier, data: ImageSet, cfg: TrainConfig, state_dir=None):
     """Minimise cross-entropy on jittered images.
 
@@ -143,7 +143,7 @@ def train_classifier(model: Classifier, data: ImageSet, cfg: TrainConfig, state_
     def loss_fn(model, step, share):
         x, y = data.batch(batch_indices(len(data), cfg.batch_size, step, cfg.seed))
         x = jitter(x, torch_rng("jitter", cfg.seed, step))
-        return F.cross_entropy(model(x[share].to(device)), y[share].to(device))
+        return F.cross_entropy(model(send(x[share], device)), send(y[share], device))
 
     return train(model, loss_fn, cfg, state_dir, dict(data=data.name, model=model.config), "classifier")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileError', 'UnreadableFileError', 'UnsafeFileError',
            'require', 'require_whole', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng', 'torch_rng',
-           'seed_everything', 'keep_memory', 'steady', 'setup', 'autocast', 'is_main', 'find_root', 'in_clone',
+           'seed_everything', 'keep_memory', 'steady', 'setup', 'autocast', 'send', 'is_main', 'find_root', 'in_clone',
            'progress']
 
 # %% ../../nbs/lab/00_core.ipynb #870a25bd
@@ -286,6 +286,21 @@ def autocast(precision: Precision, device):
 
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(torch.device(device).type, dtype=dtype, enabled=precision != "float32")
+
+# %% ../../nbs/lab/00_core.ipynb #10dce14e
+def send(x, device):
+    """Put a tensor where it is needed, without waiting for a GPU: by way of page-locked memory.
+
+    Args:
+        x: tensor, or None
+        device: where to
+
+    Returns:
+        the tensor there, or None
+    """
+    if x is not None and x.device.type == "cpu" and getattr(device, "type", str(device)[:4]) == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x if x is None else x.to(device)
 
 # %% ../../nbs/lab/00_core.ipynb #4cc8cd12
 def is_main() -> bool:

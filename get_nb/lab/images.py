@@ -6,13 +6,13 @@
 __all__ = ['to_uint8', 'to_float', 'ImageSet', 'describe', 'check_sizes', 'readable', 'check_labels', 'check_tensor',
            'check_bytes', 'check_finite', 'finite_bytes', 'flip_some']
 
-# %% ../../nbs/lab/01_images.ipynb #f5462469
+# %% ../../nbs/lab/01_images.ipynb #7af22f75
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .core import ConfigError, require, require_whole
+from .core import ConfigError, require, require_whole, send
 
 # %% ../../nbs/lab/01_images.ipynb #f93d2707
 def to_uint8(x):
@@ -238,7 +238,7 @@ def finite_bytes(images, seeds, what: str) -> torch.Tensor:
     check_finite(what, finite.cpu(), seeds)
     return made.cpu()
 
-# %% ../../nbs/lab/01_images.ipynb #955aae43
+# %% ../../nbs/lab/01_images.ipynb #bc49fd81
 def flip_some(x, g):
     """Mirror each image, left to right, with probability one half.
 
@@ -250,4 +250,4 @@ def flip_some(x, g):
         (B, C, H, W), on the device of x
     """
     flip = torch.rand(len(x), generator=g) < 0.5
-    return torch.where(flip[:, None, None, None].to(x.device), x.flip(-1), x)
+    return torch.where(send(flip, x.device)[:, None, None, None], x.flip(-1), x)

@@ -235,7 +235,7 @@ def on_sigterm():
     finally:
         signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/lab/12_train.ipynb #4821e834
+# %% ../../nbs/lab/12_train.ipynb #eab1db5c
 def _advance(run: Run, stop: bool):
     "One step and its averages -> (step, scalars, norms), or None if it is left out; number of processes asked to stop."
     step, done, wish = run.step, None, 0
@@ -244,7 +244,7 @@ def _advance(run: Run, stop: bool):
         done = (step, run.method.step(run), run.norms)
         for half_life, ema in run.emas.items():
             ema_update(ema, run.model, ema_decay(step, run.cfg, half_life))
-        wish = run.processes.sum(torch.tensor(float(stop), device=run.device))
+        wish = run.processes.sum(torch.full((), float(stop), device=run.device))
     run.step += 1
     return done, wish
 
