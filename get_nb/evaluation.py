@@ -6,7 +6,7 @@
 __all__ = ['generate', 'sample_seeds', 'sample_images', 'cost', 'training_cost', 'EvalConfig', 'measure', 'family', 'protocol',
            'evaluate']
 
-# %% ../nbs/32_evaluation.ipynb #aa7fb396
+# %% ../nbs/32_evaluation.ipynb #28ffc26f
 import statistics
 import time
 from typing import Literal
@@ -19,7 +19,6 @@ from .get import GET
 from .lab.core import EVAL_SEED, Ints, autocast, config, progress, require
 from .lab.counting import flops, kept_bytes
 from .lab.images import ImageSet, check_bytes, finite_bytes
-from .lab.metrics import FeatureNetwork, compare, copy_share
 from .pairs import draw_noise
 from .precond import EDMPrecond
 from .sampler import SAMPLERS, num_evaluations
@@ -184,14 +183,16 @@ class EvalConfig:
     precision: Literal["float32", "bf16"] = "float32"
     first_seed: NonNegativeInt = EVAL_SEED
 
-# %% ../nbs/32_evaluation.ipynb #19dc1157
+# %% ../nbs/32_evaluation.ipynb #8d5faf2b
 def _in_turn(f, parts: list, desc: str) -> list:
     "f of every part, one after the other."
     return [f(p) for p in progress(parts, desc=desc)]
 
 
-def _metrics(made: dict, labels, train, test, network: FeatureNetwork, only_fd: bool) -> dict:
+def _metrics(made: dict, labels, train, test, network, only_fd: bool) -> dict:
     "Distances of what the network made of the images to both splits, and accuracy where it knows the classes."
+    from get_nb.lab.metrics import compare  # torch-fidelity takes two seconds to import: only who measures waits
+
     splits = dict(train=train, test=test)
     out = {k: compare(made, getattr(split, "images", split), network, only_fd) for k, split in splits.items()}
     known = network.kind == "classifier" and labels.min() >= 0
@@ -286,7 +287,7 @@ def protocol(data: str, kind: str, samples: int) -> str:
     fewer = "" if samples == 50_000 else "; FID falls with the number of images, so this one is not comparable"
     return f"{line} (released protocol: 50,000 images; {released}{fewer})"
 
-# %% ../nbs/32_evaluation.ipynb #132a5d02
+# %% ../nbs/32_evaluation.ipynb #4d644d9c
 def _ways(model, cfg: EvalConfig) -> list:
     "The ways of sampling a model that cfg asks for: its own first, then the sweep."
     if isinstance(model, EDMPrecond):
@@ -296,7 +297,7 @@ def _ways(model, cfg: EvalConfig) -> list:
     return [{}]
 
 
-def evaluate(model, cfg: EvalConfig, train, test, network: FeatureNetwork, data: str, formulation=None, spread=None):
+def evaluate(model, cfg: EvalConfig, train, test, network, data: str, formulation=None, spread=None):
     """The whole protocol for one model.
 
     Args:
@@ -312,6 +313,8 @@ def evaluate(model, cfg: EvalConfig, train, test, network: FeatureNetwork, data:
     Returns:
         dict, images uint8 (n, C, H, W), labels int64 (n,); or three None where another process collects
     """
+    from get_nb.lab.metrics import copy_share
+
     handed_in = dict(formulation=formulation, spread=spread)
     own, *others = _ways(model, cfg)
     result, images, labels = measure(model, cfg, train, test, network, how=own, **handed_in)

@@ -6,7 +6,7 @@
 __all__ = ['training_formulation', 'sampling_formulation', 'join_gloo', 'spread', 'load_references', 'evaluate_checkpoint',
            'evaluation_table', 'save_grid', 'sample_to_file']
 
-# %% ../../nbs/lab/31_evaluate.ipynb #bce7e0ee
+# %% ../../nbs/lab/31_evaluate.ipynb #269432c3
 import math
 import os
 from datetime import timedelta
@@ -25,7 +25,6 @@ from .fast import Fast, require_options
 from .figures import image_grid
 from .files import atomic_path
 from .images import finite_bytes
-from .metrics import load_features, load_statistics
 from .records import Column, table_markdown
 from .released import load_edm_pickle, load_reference_get
 from .schedule import TrainConfig
@@ -134,7 +133,7 @@ def _shape_of(model) -> tuple:
     c = model.config
     return c["channels"], c["image_size"], c["image_size"]
 
-# %% ../../nbs/lab/31_evaluate.ipynb #9d102861
+# %% ../../nbs/lab/31_evaluate.ipynb #65a741ad
 _KNOWN_DATA = {(1, 8, 8): "digits", (3, 32, 32): "cifar10"}  # what models of this shape are compared with by default
 
 
@@ -154,6 +153,8 @@ def load_references(shape: tuple, data: str, statistics: dict, path):
         ConfigError: no set is known for this shape, or the set has another shape
         FileError: a file of statistics cannot be used
     """
+    from get_nb.lab.metrics import load_statistics  # only who measures waits for torch-fidelity
+
     size = "x".join(map(str, shape))
     name = data or _KNOWN_DATA.get(shape)
     require(name, f"{path}: makes images of {size}; say with --data what to compare them with")
@@ -168,7 +169,7 @@ def load_references(shape: tuple, data: str, statistics: dict, path):
         splits.append(images)
     return name, *splits
 
-# %% ../../nbs/lab/31_evaluate.ipynb #51aa62ae
+# %% ../../nbs/lab/31_evaluate.ipynb #da5f221c
 def evaluate_checkpoint(
     path,
     features="inception",
@@ -203,6 +204,8 @@ def evaluate_checkpoint(
         FileError: a file that is missing, damaged or of another kind
         UnsafeFileError: a released file that would run code
     """
+    from get_nb.lab.metrics import load_features
+
     model = _load_kind(path, _GENERATORS, "nothing that makes images")
     device = join_gloo(device)
     _refuse_misfits(model, path, features, unconditional or steps)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CIFAR_FILES', 'FILE_SETS', 'data_folder', 'cifar_batch', 'load_cifar10', 'read_picture', 'load_folder', 'load_files']
 
-# %% ../../nbs/lab/07_folders.ipynb #b50d89c2
+# %% ../../nbs/lab/07_folders.ipynb #7a145228
 import functools
 import hashlib
 import io
@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
-from sklearn import model_selection
 
 from .core import ConfigError, FileError, UnreadableFileError, find_root, is_main, nearest, progress, require
 from .images import ImageSet
@@ -291,7 +290,7 @@ def _list_pictures(path) -> list:
         _say(f"folder {_shown(path)}: skipped {line}")
     return files
 
-# %% ../../nbs/lab/07_folders.ipynb #a9d376d1
+# %% ../../nbs/lab/07_folders.ipynb #ff5c3223
 def _in_split(y, split: str, test_size, split_seed: int, name: str, classes: tuple) -> np.ndarray:
     "Numbers of the images in one part of a stratified, seeded split, in order; 'all' is all of them."
     everything = np.arange(len(y))
@@ -306,6 +305,8 @@ def _in_split(y, split: str, test_size, split_seed: int, name: str, classes: tup
     enough = f"{math.ceil(1 / share)} of each class are always enough"
     fits = counts[few] * min(held_out, len(y) - held_out) >= len(y)
     require(fits, f"{name}: {has}, {rule}; {enough}")
+    from sklearn import model_selection  # it takes a second to import: only who splits a folder waits
+
     parts = model_selection.train_test_split(everything, test_size=test_size, stratify=y, random_state=split_seed)
     return np.sort(parts[split == "test"])
 
