@@ -266,7 +266,7 @@ def family(model) -> str:
         return "teacher"
     return "get" if isinstance(model, GET) else "vit"
 
-# %% ../nbs/32_evaluation.ipynb #afbe82da
+# %% ../nbs/32_evaluation.ipynb #6a902ad0
 def protocol(data: str, kind: str, samples: int) -> str:
     """What was measured, and how it differs from what was published.
 
@@ -281,13 +281,13 @@ def protocol(data: str, kind: str, samples: int) -> str:
     if kind != "inception":
         return f"{samples:,} images; features of a classifier of {data}: no FID, not comparable with one"
     line = f"{samples:,} images, torch-fidelity's Inception, against the training and the test split of {data}"
-    if data != "cifar10":
+    if data != "CIFAR-10":
         return line
     released = "locuslab/get quotes the test split, EDM and most others the training split, where FID is some 2 lower"
     fewer = "" if samples == 50_000 else "; FID falls with the number of images, so this one is not comparable"
     return f"{line} (released protocol: 50,000 images; {released}{fewer})"
 
-# %% ../nbs/32_evaluation.ipynb #4d644d9c
+# %% ../nbs/32_evaluation.ipynb #03779b0d
 def _ways(model, cfg: EvalConfig) -> list:
     "The ways of sampling a model that cfg asks for: its own first, then the sweep."
     if isinstance(model, EDMPrecond):
@@ -306,7 +306,7 @@ def evaluate(model, cfg: EvalConfig, train, test, network, data: str, formulatio
         train: training split: an ImageSet, or a dict of mu and sigma
         test: held-out split, likewise
         network: FeatureNetwork in whose features images are compared
-        data: name of the data set
+        data: short name of the data set, such as `ImageSet.data`
         formulation: what computes in the model's place when sampling, as in `measure`
         spread: how batches are shared by several processes, as in `measure`
 
@@ -323,5 +323,6 @@ def evaluate(model, cfg: EvalConfig, train, test, network, data: str, formulatio
         return None, None, None
     result |= dict(kind=family(model), name=model.config["name"], data=data, sweep=sweep)
     result |= dict(distance=network.distance(data), protocol=protocol(data, network.kind, cfg.samples))
-    result["copy_share"] = copy_share(images, train.images) if isinstance(train, ImageSet) else None
+    real = isinstance(train, ImageSet)
+    result |= dict(about=train.about, copy_share=copy_share(images, train.images)) if real else dict(copy_share=None)
     return result, images, labels

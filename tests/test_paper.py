@@ -94,7 +94,7 @@ def test_every_stage_of_the_paper_runs_from_imported_teachers_and_pairs_to_table
     assert len(names) >= 30 and all((paper / n / "stamp.json").is_file() for n in names)
     for table, rows in (("table_1_unconditional", 11), ("table_2_conditional", 5), ("table_3_get_vs_vit", 6)):
         t = json.loads((paper / table / f"{table}.json").read_text(encoding="utf-8"))
-        assert len(t["rows"]) >= rows and "cifar10-unverified" in json.dumps(
+        assert len(t["rows"]) >= rows and "CIFAR-10 (unverified)" in json.dumps(
             t["columns"]
         )  # what was not verified says so
     assert json.loads((paper / "pairs_uncond/record.json").read_text(encoding="utf-8"))["imported"] is True

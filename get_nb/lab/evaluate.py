@@ -6,7 +6,7 @@
 __all__ = ['training_formulation', 'sampling_formulation', 'join_gloo', 'spread', 'load_references', 'evaluate_checkpoint',
            'evaluation_table', 'save_grid', 'sample_to_file']
 
-# %% ../../nbs/lab/31_evaluate.ipynb #269432c3
+# %% ../../nbs/lab/31_evaluate.ipynb #bbab2c57
 import math
 import os
 from datetime import timedelta
@@ -20,7 +20,7 @@ from ..evaluation import EvalConfig, evaluate, generate
 from ..get import GET, ViT
 from .checkpoints import load_checkpoint
 from .core import ConfigError, progress, require, setup
-from .data import load_data
+from .data import load_data, short_name
 from .fast import Fast, require_options
 from .figures import image_grid
 from .files import atomic_path
@@ -133,7 +133,7 @@ def _shape_of(model) -> tuple:
     c = model.config
     return c["channels"], c["image_size"], c["image_size"]
 
-# %% ../../nbs/lab/31_evaluate.ipynb #65a741ad
+# %% ../../nbs/lab/31_evaluate.ipynb #905f0658
 _KNOWN_DATA = {(1, 8, 8): "digits", (3, 32, 32): "cifar10"}  # what models of this shape are compared with by default
 
 
@@ -147,7 +147,7 @@ def load_references(shape: tuple, data: str, statistics: dict, path):
         path: of the weights, for messages
 
     Returns:
-        name of the set, training split, test split: each an ImageSet or a dict of mu and sigma
+        short name of the set, training split, test split: each an ImageSet or a dict of mu and sigma
 
     Raises:
         ConfigError: no set is known for this shape, or the set has another shape
@@ -163,11 +163,11 @@ def load_references(shape: tuple, data: str, statistics: dict, path):
         if statistics.get(split):
             splits.append(load_statistics(statistics[split]))
             continue
-        images = load_data(name, split, **(dict(size=shape[-1]) if name == "shapes" else {}))
+        images = load_data(name, split, size=shape[-1] if name == "shapes" else 0)
         own = "x".join(map(str, images.shape))
         require(images.shape == shape, f"{path}: makes images of {size}, {images.name} has {own}")
         splits.append(images)
-    return name, *splits
+    return short_name(name), *splits
 
 # %% ../../nbs/lab/31_evaluate.ipynb #da5f221c
 def evaluate_checkpoint(

@@ -40,7 +40,7 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     """
     return images.float() / 127.5 - 1
 
-# %% ../../nbs/lab/01_images.ipynb #2e22e8a4
+# %% ../../nbs/lab/01_images.ipynb #28791a4a
 @dataclass(frozen=True)
 class ImageSet:
     """Images with labels, in memory.
@@ -49,7 +49,7 @@ class ImageSet:
         images: uint8 (N, C, H, W)
         labels: int64 (N,)
         classes: names of the classes
-        name: what it is called in records and tables, e.g. "digits/train"
+        name: short name of the data set and split, e.g. "digits/train"
 
     Raises:
         ConfigError: images are not bytes, or labels are not int64 (N,) in 0 .. classes - 1
@@ -77,6 +77,19 @@ class ImageSet:
             float32 (B, C, H, W) in [-1, 1], labels int64 (B,)
         """
         return to_float(self.images[i]), self.labels[i]
+
+    @property
+    def data(self):
+        "Short name of the data set, which records, tables and distances call it by: what comes before the slash."
+        return self.name.partition("/")[0]
+
+    @property
+    def about(self):
+        "Classes and size in a few words, for tables."
+        channels, height, width = self.shape
+        kind = {1: "grey", 3: "in colour"}.get(channels, f"of {channels} channels")
+        count = f"{len(self.classes)} classes" if len(self.classes) > 1 else "one class"
+        return f"{count}, {height}x{width} pixels, {kind}"
 
     @property
     def shape(self):

@@ -28,7 +28,7 @@ from .profiles import Stage, load_profile, select_stages
 from .records import provenance
 from .stages import stage_key, stage_outputs, why_run
 
-# %% ../../nbs/lab/39_pipeline.ipynb #1095863b
+# %% ../../nbs/lab/39_pipeline.ipynb #1359ae06
 class StageError(RuntimeError):
     "A stage failed; the message is one line with the stage, the reason and where to look."
 
@@ -46,6 +46,7 @@ def _register_engine():
             client = PapermillNotebookClient(
                 nb_man, kernel_name=kernel_name, startup_timeout=120, extra_arguments=["--log-level=ERROR"]
             )
+            client.shutdown_kernel = "immediate"  # all is written by then, and torch takes a second to say goodbye
             return client.execute(env=env, stderr=stderr)
 
     papermill_engines.register("get_nb", StageEngine)
