@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['correction_weights', 'DistillConfig', 'distill_loss', 'iterations_at', 'pairs_loss', 'distill']
 
-# %% ../nbs/31_distillation.ipynb #c0a40de4
+# %% ../nbs/31_distillation.ipynb #69e911a0
 from dataclasses import asdict
 from typing import Literal
 
@@ -13,7 +13,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from .gradients import supervised
 from .jacobian import jacobian_penalty, residual_penalty
-from .lab.core import Fraction, Ints, config, nearest, require, rng, send
+from .lab.core import Fraction, Ints, config, nearest, require, require_config, require_model, rng, send
 from .lab.schedule import TrainConfig, batch_indices
 from .lab.train import train
 from .losses import get_loss
@@ -169,7 +169,7 @@ def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, dist
     labels = send(batch["label"], device) if model.config["num_classes"] else None
     return distill_loss(formulation or model, noise, labels, image, cfg, n_iter, distance)
 
-# %% ../nbs/31_distillation.ipynb #64d14c8b
+# %% ../nbs/31_distillation.ipynb #3c4c6cca
 def distill(
     model,
     pairs,
@@ -206,6 +206,9 @@ def distill(
         n = iterations_at(cfg, step, train_cfg.steps, train_cfg.seed)
         return pairs_loss(model, pairs, index, cfg, n, distance, formulation)
 
+    require_model("model", model)
+    require_config(cfg, DistillConfig)
+    require_config(train_cfg, TrainConfig)
     classes, known = model.config["num_classes"], getattr(pairs, "num_classes", None)
     fits = not classes or known is None or 0 < known <= classes
     require(fits, f"the student has {classes} classes, the pairs {known}: labels would be missing or out of range")

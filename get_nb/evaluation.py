@@ -6,7 +6,7 @@
 __all__ = ['generate', 'sample_seeds', 'sample_images', 'cost', 'training_cost', 'EvalConfig', 'measure', 'family', 'protocol',
            'evaluate']
 
-# %% ../nbs/32_evaluation.ipynb #28ffc26f
+# %% ../nbs/32_evaluation.ipynb #3a885e0b
 import statistics
 import time
 from typing import Literal
@@ -16,7 +16,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from .distillation import DistillConfig, distill_loss
 from .get import GET
-from .lab.core import EVAL_SEED, Ints, autocast, config, progress, require
+from .lab.core import EVAL_SEED, Ints, autocast, config, progress, require, require_config, require_model
 from .lab.counting import flops, kept_bytes
 from .lab.images import ImageSet, check_bytes, finite_bytes
 from .pairs import draw_noise
@@ -287,7 +287,7 @@ def protocol(data: str, kind: str, samples: int) -> str:
     fewer = "" if samples == 50_000 else "; FID falls with the number of images, so this one is not comparable"
     return f"{line} (released protocol: 50,000 images; {released}{fewer})"
 
-# %% ../nbs/32_evaluation.ipynb #03779b0d
+# %% ../nbs/32_evaluation.ipynb #22cec9bf
 def _ways(model, cfg: EvalConfig) -> list:
     "The ways of sampling a model that cfg asks for: its own first, then the sweep."
     if isinstance(model, EDMPrecond):
@@ -315,6 +315,9 @@ def evaluate(model, cfg: EvalConfig, train, test, network, data: str, formulatio
     """
     from get_nb.lab.metrics import copy_share
 
+    require_model("model", model)
+    require_config(cfg, EvalConfig)
+    require(hasattr(network, "reference"), "network: a FeatureNetwork is needed, as load_features makes it")
     handed_in = dict(formulation=formulation, spread=spread)
     own, *others = _ways(model, cfg)
     result, images, labels = measure(model, cfg, train, test, network, how=own, **handed_in)

@@ -25,7 +25,7 @@ MODELS["GET-digits/2"] = EquilibriumConfig(
 MODELS["ViT-digits/2"] = TransformerConfig(dim=64, depth=3, heads=4, mlp_ratio=4.5)
 MODELS["ViT-digits-5x/2"] = TransformerConfig(dim=128, depth=4, heads=8, mlp_ratio=4.25)
 
-# %% ../nbs/26_presets.ipynb #37625edb
+# %% ../nbs/26_presets.ipynb #deeb93fd
 def build_model(name: str, *, num_classes: int = 0, image_size: int = 32, channels: int = 3, **overrides):
     """A GET or ViT by name, with fresh weights.
 
@@ -42,7 +42,7 @@ def build_model(name: str, *, num_classes: int = 0, image_size: int = 32, channe
     Raises:
         ConfigError: unknown name or field, a value out of range, or options that contradict each other
     """
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         raise ConfigError(f"unknown model {name!r}{nearest(name, MODELS)}")
     where, base = f"model {name}", MODELS[name]
     cfg = build_config(type(base), {**asdict(base), **overrides}, where)

@@ -13,10 +13,16 @@ from pydantic import NonNegativeFloat
 
 from .lab.core import build_config, config, require, require_whole, send, torch_rng
 
-# %% ../nbs/12_sampler.ipynb #fd053461
-def _require_noise(noise):
+# %% ../nbs/12_sampler.ipynb #25491134
+def _require_usable(denoiser, noise):
+    require(
+        callable(denoiser), f"denoiser: called as denoiser(x, sigma, labels); a {type(denoiser).__name__} cannot be"
+    )
     floating = isinstance(noise, torch.Tensor) and noise.ndim > 1 and noise.is_floating_point()
     require(floating, "noise must be a floating-point tensor (B, C, H, W)")
+    require(
+        noise.device.type != "mps", "noise on Apple's GPU: the sampler's float64 is not to be had there; use the CPU"
+    )
 
 
 def _slope(denoiser, x, sigma, labels):
@@ -51,7 +57,7 @@ def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
     sigmas = (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
-# %% ../nbs/12_sampler.ipynb #00506f5c
+# %% ../nbs/12_sampler.ipynb #84ee1d52
 @torch.no_grad()
 def euler_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """First-order sampler: num_steps evaluations of the denoiser.
@@ -71,7 +77,7 @@ def euler_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002,
     Raises:
         ConfigError: noise that is not floating-point, or levels that `edm_sigmas` refuses
     """
-    _require_noise(noise)
+    _require_usable(denoiser, noise)
     sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, noise.device)
     x = noise.double() * sigmas[0]
     for t_cur, t_next in zip(sigmas[:-1], sigmas[1:]):
@@ -107,7 +113,7 @@ def _add_noise(x, t, i: int, num_steps: int, churn: Churn):
     eps = send(torch.randn(x.shape, dtype=x.dtype, generator=torch_rng("churn", churn.seed, i)), x.device)
     return x + (t_hat**2 - t**2).sqrt() * churn.S_noise * eps, t_hat
 
-# %% ../nbs/12_sampler.ipynb #1f1a7f82
+# %% ../nbs/12_sampler.ipynb #14ab1c25
 @torch.no_grad()
 def heun_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002, sigma_max=80.0, rho=7.0, **churn):
     """Second-order sampler of EDM: algorithm 1, with churn algorithm 2; 2 num_steps - 1 evaluations.
@@ -131,7 +137,7 @@ def heun_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002, 
     """
     churn = build_config(Churn, churn, "churn")
     require(churn.S_min <= churn.S_max, f"churn: S_min = {churn.S_min} is above S_max = {churn.S_max}")
-    _require_noise(noise)
+    _require_usable(denoiser, noise)
     sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, noise.device)
     x_next = noise.double() * sigmas[0]
     for i, (t_cur, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):

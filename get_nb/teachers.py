@@ -27,7 +27,7 @@ TEACHERS = {
     "edm-cifar10-32x32-uncond-ve": _NCSNPP,
 }
 
-# %% ../nbs/14_teachers.ipynb #31b834ba
+# %% ../nbs/14_teachers.ipynb #d8483445
 def build_teacher(name: str, *, num_classes: int = None, image_size: int = 32, channels: int = 3, **overrides):
     """A denoiser D(x; sigma, labels) with fresh weights; `get_nb.create_teacher` can load weights too.
 
@@ -44,7 +44,7 @@ def build_teacher(name: str, *, num_classes: int = None, image_size: int = 32, c
     Raises:
         ConfigError: unknown name or field, a value out of range, or an image_size that cannot be halved often enough
     """
-    require(name in TEACHERS, f"unknown teacher {name!r}{nearest(name, TEACHERS)}")
+    require(isinstance(name, str) and name in TEACHERS, f"unknown teacher {name!r}{nearest(name, TEACHERS)}")
     if num_classes is None:
         num_classes = 10 if "-cond-" in name else 0
     cfg = build_config(UNetConfig, {**asdict(TEACHERS[name]), **overrides}, f"teacher {name}")

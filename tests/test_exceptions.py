@@ -1,11 +1,13 @@
 """What cannot be built or measured is refused by us, in one line that names the culprit; no library's exception comes through."""
 
+import inspect
 import itertools
 
 import pytest
 import torch
 
-from get_nb.lab.core import ConfigError
+import get_nb
+from get_nb.lab.core import ConfigError, FileError
 from get_nb.lab.checkpoints import create_model, create_teacher
 from get_nb.lab.metrics import _FEWEST as FEWEST
 from get_nb.lab.classifier import create_classifier
@@ -90,3 +92,54 @@ def digit_features(tmp_path_factory):
     torch.manual_seed(0)
     save_checkpoint(path, create_classifier(num_classes=10, image_size=8, channels=1))
     return load_features(path)
+
+
+WRONG = dict(
+    none=None,
+    word="nonsense",
+    negative=-1,
+    zero=0,
+    nan=float("nan"),
+    fraction=0.5,
+    yes=True,
+    empty_list=[],
+    object=object(),
+    matrix=torch.zeros(2, 3),
+    bytes=torch.zeros(1, 1, 8, 8, dtype=torch.uint8),
+    no_images=torch.zeros(0, 1, 8, 8, dtype=torch.uint8),
+    nan_images=torch.full((2, 1, 8, 8), float("nan")),
+)
+FILES = dict(missing=None, folder=None, empty=b"", junk=b"junk" * 9, zip=b"PK\x03\x04" + b"\0" * 30)
+PUBLIC = [n for n in get_nb.__all__ if not (isinstance(getattr(get_nb, n), type) and n.endswith("Error"))]
+
+
+def wrong_values(folder):
+    "Values of every wrong kind, files among them."
+    for name, content in FILES.items():
+        path = folder / f"{name}.safetensors"
+        if name == "folder":
+            path.mkdir()
+        elif content is not None:
+            path.write_bytes(content)
+        yield name, str(path)
+    yield from WRONG.items()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_refuses_every_wrong_kind_of_value_in_one_line_of_ours(name, tmp_path, monkeypatch):
+    "A path that is no path may be Python's own TypeError; everything else is ours, or accepted."
+    monkeypatch.chdir(tmp_path)
+    f, told = getattr(get_nb, name), []
+    given = inspect.signature(f).parameters.values()
+    needed = [p for p in given if p.default is p.empty and p.kind is not p.VAR_KEYWORD] or list(given)
+    positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in needed)
+    for kind, value in wrong_values(tmp_path):
+        keywords = {p.name: value for p in needed if p.kind is p.KEYWORD_ONLY}
+        try:
+            f(*[value] * positional, **keywords)
+        except (ConfigError, FileError) as e:
+            assert "\n" not in str(e) and len(str(e)) > 10, kind
+            told.append(kind)
+        except TypeError as e:
+            assert "os.PathLike" in str(e), kind
+    assert told, f"{name} accepts everything"

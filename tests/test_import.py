@@ -304,7 +304,7 @@ def test_cifar10_is_read_exactly_and_only_with_its_published_checksums(tmp_path,
     assert (
         np.array_equal(train.images.numpy(), images)
         and train.labels.tolist() == labels
-        and train.name == "cifar10-unverified/train"
+        and train.name == "CIFAR-10 (unverified)/train"
     )
     with pytest.raises(FileError, match="md5 is not the published one"):
         load_cifar10("train", tmp_path)

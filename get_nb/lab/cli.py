@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['cli', 'main']
 
-# %% ../../nbs/lab/48_cli.ipynb #22578bfa
+# %% ../../nbs/lab/48_cli.ipynb #3980f94f
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from .pipeline import StageError, run_profile
 from .profiles import load_profile, select_stages
 from .publishing import compare_tables, publish_profile, publish_redrawn, redraw
 from .stages import read_manifest, read_stamp, why_run
+from .surroundings import Terminated, catch_termination, find_home, soften_streams
 
 # %% ../../nbs/lab/48_cli.ipynb #5c631f78
 @click.group(cls=Commands, context_settings=dict(help_option_names=["-h", "--help"]))
@@ -33,13 +35,18 @@ def _fail(code: int, message):
     click.echo(f"get-nb: {' '.join(str(message).split())}", err=True)
     sys.exit(code)
 
-# %% ../../nbs/lab/48_cli.ipynb #7e15f78c
+# %% ../../nbs/lab/48_cli.ipynb #3135acf6
 def main(args=None):
-    """Entry point of `get-nb`; leaves the process with exit code 0, 1, 2, or 130 when interrupted.
+    """Entry point of `get-nb`; leaves the process with exit code 0, 1, 2, 130 when interrupted, 143 when terminated.
 
     Args:
         args: words of the command line; None: those that the process was started with
     """
+    soften_streams()
+    catch_termination()
+    moved = find_home()
+    if moved:
+        click.echo(f"get-nb: {moved}", err=True)
     try:
         sys.exit(cli.main(args, standalone_mode=False) or 0)
     except click.exceptions.NoArgsIsHelpError as e:
@@ -47,8 +54,10 @@ def main(args=None):
         sys.exit(2)
     except click.UsageError as e:
         _fail(2, e.format_message())
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         _fail(130, "interrupted; run the same command again to resume")
+    except Terminated:
+        _fail(143, "terminated; run the same command again to resume")
     except (ConfigError, FileError) as e:
         _fail(2, e)
     except StageError as e:
@@ -56,15 +65,26 @@ def main(args=None):
     except OSError as e:
         _fail(2, f"{e.filename or ''}: {e.strerror or e}")
 
-# %% ../../nbs/lab/48_cli.ipynb #31c5ab07
+# %% ../../nbs/lab/48_cli.ipynb #dcc6c099
 _KEEP_HELP = (
     "Keep finished stages whose code alone has changed, and say which; their records name the code that made them."
 )
+
+
+def _name_root(ctx, option, root):
+    "What --root names holds for everything that this process and its kernels look for."
+    if root:
+        os.environ["GET_NB_ROOT"] = os.path.abspath(root)
+    return root
+
+
 _OPTIONS = dict(
     profile=dict(default="cpu", show_default=True, help="A name in nbs/paper/profiles, or a yaml file."),
     stage=dict(help="Only this stage, and what it needs."),
     group=dict(help="Only the stages of this group, and what they need."),
-    root=dict(type=click.Path(), help="The clone; by default found from the working directory upwards."),
+    root=dict(
+        type=click.Path(), callback=_name_root, help="The clone; by default found from the working directory upwards."
+    ),
     keep=dict(is_flag=True, help=_KEEP_HELP),
     runs=dict(type=click.Path(), help="Folder for runs; by default runs/ in the clone."),
 )

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileError', 'UnreadableFileError', 'UnsafeFileError',
-           'require', 'require_whole', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng', 'torch_rng',
-           'seed_everything', 'keep_memory', 'steady', 'setup', 'autocast', 'send', 'is_main', 'find_root', 'in_clone',
-           'progress']
+           'require', 'require_whole', 'require_model', 'require_config', 'nearest', 'config', 'explain',
+           'build_config', 'seed_of', 'rng', 'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup',
+           'autocast', 'send', 'is_main', 'find_root', 'home_folder', 'in_clone', 'progress']
 
-# %% ../../nbs/lab/00_core.ipynb #870a25bd
+# %% ../../nbs/lab/00_core.ipynb #814755a5
 import ctypes
 import difflib
 import functools
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,13 +26,24 @@ from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from tqdm.std import tqdm
 
-# %% ../../nbs/lab/00_core.ipynb #329d36d5
+# %% ../../nbs/lab/00_core.ipynb #bdf86084
+def _in_one_line(message) -> str:
+    "A message without line breaks: what is quoted in it, such as a tensor, may have them."
+    return re.sub(r"\s*\n\s*", " ", str(message))
+
+
 class ConfigError(ValueError):
     "A configuration, argument or parameter that cannot be used; the message names the culprit and the way out."
 
-# %% ../../nbs/lab/00_core.ipynb #ec17f959
+    def __str__(self):
+        return _in_one_line(super().__str__())
+
+# %% ../../nbs/lab/00_core.ipynb #89e6c58f
 class FileError(ValueError):
     "A file that cannot be used; the message names the file and the reason."
+
+    def __str__(self):
+        return _in_one_line(super().__str__())
 
 
 class UnreadableFileError(FileError):
@@ -71,7 +83,34 @@ def require_whole(name: str, value, least: int = 1):
     whole = isinstance(value, Integral) and not isinstance(value, bool) and value >= least
     require(whole, f"{name} = {value!r}: a whole number, at least {least}")
 
-# %% ../../nbs/lab/00_core.ipynb #021fb64e
+# %% ../../nbs/lab/00_core.ipynb #15dfbe4f
+def require_model(what: str, model):
+    """Refuse what is not a network.
+
+    Args:
+        what: it is called in the message
+        model: what was given
+
+    Raises:
+        ConfigError: it is no torch module
+    """
+    network = callable(model) and hasattr(model, "state_dict") and hasattr(model, "parameters")
+    require(network, f"{what}: a torch module is needed, not a {type(model).__name__}")
+
+
+def require_config(cfg, cls):
+    """Refuse what is not the configuration that is needed.
+
+    Args:
+        cfg: what was given
+        cls: a class made by `config`
+
+    Raises:
+        ConfigError: anything else
+    """
+    require(isinstance(cfg, cls), f"cfg: a {cls.__name__} is needed, not a {type(cfg).__name__}")
+
+
 def nearest(word: str, options) -> str:
     """The hint that ends a message about an unknown name.
 
@@ -90,7 +129,7 @@ def nearest(word: str, options) -> str:
         return f"; did you mean {close[0]!r}?"
     return f"; choose from {', '.join(sorted(options)) or '(none)'}"
 
-# %% ../../nbs/lab/00_core.ipynb #5a02b998
+# %% ../../nbs/lab/00_core.ipynb #d7d6ff41
 Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability or share
 Ints = Annotated[tuple[int, ...], Field(strict=False)]  # a list from yaml or json becomes a tuple
 
@@ -103,8 +142,22 @@ def config(cls):
 
     Returns:
         the dataclass
+
+    Raises:
+        ConfigError: by the dataclass, when it is made of wrong values
     """
-    return pydantic_dataclass(cls, frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
+    made = pydantic_dataclass(cls, frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
+    validate = made.__init__
+
+    @functools.wraps(validate)
+    def __init__(self, *args, **fields):
+        try:
+            validate(self, *args, **fields)
+        except ValidationError as e:
+            raise ConfigError(f"{made.__name__}: {explain(e, made.__dataclass_fields__)}") from None
+
+    made.__init__ = __init__
+    return made
 
 # %% ../../nbs/lab/00_core.ipynb #b677cf81
 def explain(error: ValidationError, known=()) -> str:
@@ -123,7 +176,7 @@ def explain(error: ValidationError, known=()) -> str:
         return f"unknown key {name!r}{nearest(name, known)}"
     return f"{name} = {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
 
-# %% ../../nbs/lab/00_core.ipynb #49190597
+# %% ../../nbs/lab/00_core.ipynb #fe281da3
 def build_config(cls, values: dict, where: str = ""):
     """Make a configuration from a mapping.
 
@@ -140,8 +193,9 @@ def build_config(cls, values: dict, where: str = ""):
     """
     try:
         return cls(**values)
-    except ValidationError as e:
-        raise ConfigError(f"{where or cls.__name__}: {explain(e, cls.__dataclass_fields__)}") from None
+    except ConfigError as e:
+        reason = str(e).removeprefix(f"{cls.__name__}: ")
+        raise ConfigError(f"{where or cls.__name__}: {reason}") from None
 
 # %% ../../nbs/lab/00_core.ipynb #2c920526
 EVAL_SEED = 1_000_000_000  # first seed of the noise that models are judged on; training pairs use lower ones
@@ -232,7 +286,7 @@ def steady(device):
     else:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
-# %% ../../nbs/lab/00_core.ipynb #2bb09e63
+# %% ../../nbs/lab/00_core.ipynb #ae864e9e
 Precision = Literal["float32", "bf16", "fp16"]  # of a forward pass
 
 
@@ -240,7 +294,7 @@ def setup(device: str = "auto", threads: int = 0, tf32: bool = False):
     """Choose device, threads and matrix-multiply precision for this process.
 
     Args:
-        device: "auto", "cpu", "cuda", "cuda:1", ...; under torchrun "cuda" means this process's GPU
+        device: "auto", "cpu", "cuda", "cuda:1", ...; under torchrun "cuda" means this process's GPU; "mps" means "cpu"
         threads: CPU threads; 0 leaves torch's choice
         tf32: let a GPU round the factors of float32 products to 10 bits of mantissa
 
@@ -254,8 +308,11 @@ def setup(device: str = "auto", threads: int = 0, tf32: bool = False):
 
     if threads:
         torch.set_num_threads(threads)
-    known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", device)
+    known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device)
     require(known, f"device {device!r}{nearest(device, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
+    if device == "mps":
+        print("device 'mps': Apple's GPU has no float64, which samplers need; the CPU is used", file=sys.stderr)
+        device = "cpu"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
@@ -307,7 +364,7 @@ def is_main() -> bool:
     "Is this the main process of several (torchrun's rank 0), or the only one?"
     return os.environ.get("RANK", "0") == "0"
 
-# %% ../../nbs/lab/00_core.ipynb #f4138aff
+# %% ../../nbs/lab/00_core.ipynb #75ee2861
 def find_root(start=None) -> Path:
     """The clone that contains `start`.
 
@@ -325,6 +382,18 @@ def find_root(start=None) -> Path:
         if (p / "settings.ini").is_file() and (p / "nbs" / "paper").is_dir():
             return p
     raise ConfigError(f"no get_nb clone at {start} or above it: change into one, or name it with --root")
+
+
+def home_folder() -> Path | None:
+    """The user's home folder.
+
+    Returns:
+        its path, or None where HOME is not set and the system does not know the user
+    """
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def in_clone(path) -> Path:

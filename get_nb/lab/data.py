@@ -36,7 +36,7 @@ def load_digits(split: str, split_seed: int = 0) -> ImageSet:
     images = torch.from_numpy(np.round(x * 255 / 16).astype(np.uint8)).view(-1, 1, 8, 8)
     return ImageSet(images[i], torch.from_numpy(y)[i].long(), tuple("0123456789"), f"digits/{split}")
 
-# %% ../../nbs/lab/08_data.ipynb #1b999e82
+# %% ../../nbs/lab/08_data.ipynb #13d18409
 DATASETS = ("digits", "shapes", "shapes@SIZE", "cifar10", "folder:PATH", "folder:PATH@SIZE")
 
 
@@ -79,6 +79,7 @@ def load_split(name: str, split: str, split_seed: int, n: int = 2000) -> ImageSe
         ConfigError: unknown name or split, a size that the set has not, or the files are not there
         FileError: a file is damaged
     """
+    require(isinstance(name, str), f"data set {name!r}: its name is needed{nearest('', DATASETS)}")
     require(split in ("train", "test"), f"unknown split {split!r}; choose from test, train")
     if _is_files(name):
         return load_files(name, split, split_seed)
@@ -89,7 +90,7 @@ def load_split(name: str, split: str, split_seed: int, n: int = 2000) -> ImageSe
         return load_digits(split, split_seed)
     return make_shapes(n, size or 16, seed=2 * split_seed + (split == "test"))
 
-# %% ../../nbs/lab/08_data.ipynb #008ddd3d
+# %% ../../nbs/lab/08_data.ipynb #5b1361e8
 def load_data(name: str, split: str = "train", *, n: int = 20_000, size: int = 0) -> ImageSet:
     """A data set by name.
 
@@ -106,7 +107,7 @@ def load_data(name: str, split: str = "train", *, n: int = 20_000, size: int = 0
         ConfigError: unknown name or split, or the files are not there
         FileError: a file is damaged
     """
-    if size:
+    if size and isinstance(name, str):
         kind, own = split_size(name)
         require(own in (0, size), f"data set {name!r} in {size} pixels? Give its size once")
         name = f"{kind}@{size}"

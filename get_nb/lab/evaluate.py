@@ -299,7 +299,7 @@ def save_grid(images, path, scale: int = 0):
     large = full.reshape(rows, cols, *images.shape[1:]).repeat(scale, 3).repeat(scale, 4)
     Image.fromarray(image_grid(large, pad=2)).save(path, format="png")
 
-# %% ../../nbs/lab/31_evaluate.ipynb #dfc2bc2f
+# %% ../../nbs/lab/31_evaluate.ipynb #4c215a46
 def _labels_for(model, labels, n: int, path):
     "The labels asked for, repeated to n: int64 (n,)."
     classes = model.config["num_classes"]
@@ -332,16 +332,17 @@ def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):
     require(steps_fit, f"{checkpoint}: {c['name']} is one-step; --steps is for teachers")
     iterations_fit = "n_iter" not in how or isinstance(model, GET)
     require(iterations_fit, f"{checkpoint}: {c['name']} does not iterate; --iterations is for GETs")
-    noise, y = draw_noise(range(seed, seed + n), _shape_of(model), c["num_classes"])
-    if labels:
-        y = _labels_for(model, labels, n, checkpoint)
+    chosen = _labels_for(model, labels, n, checkpoint) if labels else None
     formulation = sampling_formulation(model, how.get("precision", "float32"))
-    images, seeds = [], np.arange(seed, seed + n)
-    for e, classes, some in zip(noise.split(500), y.split(500), np.split(seeds, range(500, n, 500))):
-        made = generate(model, e, classes if c["num_classes"] else None, formulation=formulation, **how)
+    images, y, seeds = [], [], range(seed, seed + n)
+    for start in progress(range(0, n, 500), desc="samples"):
+        some = seeds[start : start + 500]
+        noise, classes = draw_noise(some, _shape_of(model), c["num_classes"])
+        y.append(classes if chosen is None else chosen[start : start + 500])
+        made = generate(model, noise, y[-1] if c["num_classes"] else None, formulation=formulation, **how)
         images.append(finite_bytes(made, some, checkpoint))
     with atomic_path(out) as tmp:
-        _save_images(torch.cat(images).numpy(), y.numpy(), seeds, tmp, str(out).endswith(".npz"))
+        _save_images(torch.cat(images).numpy(), torch.cat(y).numpy(), np.array(seeds), tmp, str(out).endswith(".npz"))
 
 # %% ../../nbs/lab/31_evaluate.ipynb #31ba7f5d
 def _save_images(images, labels, seeds, path, arrays: bool):

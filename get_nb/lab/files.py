@@ -6,7 +6,7 @@
 __all__ = ['atomic_path', 'write_json', 'sha256_file', 'save_tensors', 'load_tensors', 'part_of', 'optimizer_tensors',
            'restore_optimizer', 'save_checkpoint', 'read_checkpoint', 'check_fit', 'fit_weights']
 
-# %% ../../nbs/lab/03_files.ipynb #1926c287
+# %% ../../nbs/lab/03_files.ipynb #4a21c8f2
 import hashlib
 import json
 import os
@@ -14,7 +14,7 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
-from .core import FileError, UnreadableFileError, is_main, require
+from .core import FileError, UnreadableFileError, is_main, require, require_model
 
 # %% ../../nbs/lab/03_files.ipynb #782fb731
 @contextmanager
@@ -196,7 +196,7 @@ def restore_optimizer(optimizer, tensors: dict):
     for p, moments in optimizer.state.items():
         moments.update({k: torch.empty_like(p).copy_(v) for k, v in moments.items() if v.shape == p.shape})
 
-# %% ../../nbs/lab/03_files.ipynb #9e5422bb
+# %% ../../nbs/lab/03_files.ipynb #abb7b4f8
 def save_checkpoint(path, model, **meta):
     """Write a model's weights and configuration; of several processes, the main one does.
 
@@ -211,6 +211,7 @@ def save_checkpoint(path, model, **meta):
     Raises:
         OSError: the file cannot be written
     """
+    require_model("model", model)
     if not is_main():
         return None
     return save_tensors(path, model.state_dict(), dict(kind="checkpoint", schema=1, config=model.config, meta=meta))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shard_seeds', 'generate_pairs', 'merge_pairs']
 
-# %% ../../nbs/lab/26_generation.ipynb #4618c0a3
+# %% ../../nbs/lab/26_generation.ipynb #fbedd754
 import json
 import os
 import shutil
@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from .core import FileError, UnreadableFileError, progress, require
+from .core import FileError, UnreadableFileError, progress, require, require_config
 from .files import atomic_path, load_tensors, save_tensors, write_json
 from .images import check_finite
 from .store import read_pairs_manifest, remembered_digests, shard_digest, verify_pairs, write_pairs_manifest
@@ -153,7 +153,7 @@ def _finish(folder: Path, cfg: PairsConfig):
         evaluations = num_evaluations(cfg.num_steps, cfg.sampler)
         return write_pairs_manifest(folder, _recipe_of(cfg), entries, evaluations_per_pair=evaluations)
 
-# %% ../../nbs/lab/26_generation.ipynb #bf809cd3
+# %% ../../nbs/lab/26_generation.ipynb #789e5542
 def generate_pairs(denoiser, folder, cfg: PairsConfig) -> dict:
     """Generate all pairs of a recipe, together with other workers on the same folder; an interrupted run is resumed.
 
@@ -170,6 +170,8 @@ def generate_pairs(denoiser, folder, cfg: PairsConfig) -> dict:
         ConfigError: the teacher knows fewer classes than the recipe, or makes images that are not finite or of
             another shape; finished shards are kept
     """
+    require(callable(denoiser), f"denoiser: a {type(denoiser).__name__} cannot be called")
+    require_config(cfg, PairsConfig)
     folder, known = Path(folder), getattr(denoiser, "num_classes", cfg.num_classes)
     classes = f"num_classes = {cfg.num_classes}: labels are drawn from so many classes, the teacher knows {known}"
     require(cfg.num_classes <= known, classes)

@@ -228,7 +228,7 @@ def fd_std(features, statistics: dict, draws: int = 20) -> float:
         distances.append(frechet(fid_features_to_statistics(again), statistics))
     return float(np.std(distances, ddof=1))
 
-# %% ../../nbs/lab/14_metrics.ipynb #6a3d4d52
+# %% ../../nbs/lab/14_metrics.ipynb #3a13d18d
 _FEWEST = 4  # images of a set that has precision and recall: a third-nearest neighbour in each
 DISTANCES = 5 * 10**7  # held at a time by precision and recall: 0.2 GB, and five times that while they are sorted
 
@@ -260,6 +260,10 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
         ConfigError: a set has too few images or is not of bytes, the two differ in size or channels, or the
             statistics are of another network's features
     """
+    require(hasattr(network, "reference"), "network: a FeatureNetwork is needed, as load_features makes it")
+    for what, given in (("generated", generated), ("reference", reference)):
+        fits = isinstance(given, (torch.Tensor, dict))
+        require(fits, f"{what}: bytes (N, C, H, W) or statistics are needed, not a {type(given).__name__}")
     if isinstance(generated, torch.Tensor) and isinstance(reference, torch.Tensor):
         check_bytes("generated images", generated)
         check_bytes("reference images", reference)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['untimed', 'compare_table', 'compare_tables', 'publish_profile', 'stale_records', 'redraw', 'publish_redrawn']
 
-# %% ../../nbs/lab/40_publishing.ipynb #dd107253
+# %% ../../nbs/lab/40_publishing.ipynb #b981c64c
 import contextlib
 import json
 import os
@@ -13,7 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
-from .core import require
+from .core import home_folder, require
 from .files import sha256_file, write_json
 from .pipeline import run_stage, runs_folder
 from .profiles import Stage, load_profile, select_stages
@@ -164,7 +164,7 @@ def _replacing(target: Path, keep: bool):
     os.replace(new, target)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/lab/40_publishing.ipynb #c74bd538
+# %% ../../nbs/lab/40_publishing.ipynb #e63656f6
 def _public_folder(stage: Stage) -> str:
     "Where a stage's files go under results/<profile>."
     if not stage.draws:
@@ -178,7 +178,7 @@ def _publish_page(stage: Stage, runs: Path, new: Path, root: Path, name: str) ->
     again = f"run it again with 'get-nb reproduce --profile {name} --stage {stage.name} --fresh'"
     require(notebook.is_file(), f"stage {stage.name}: its executed notebook {notebook} is gone; {again}")
     places = dict(out=f"runs/by-hand/{stage.name}", rows=stage.rows, records=f"results/{name}/records")
-    _write_page(notebook, page, stage.params | places, (runs, root, Path.home()))
+    _write_page(notebook, page, stage.params | places, (runs, root, home_folder() or root))
     return page
 
 

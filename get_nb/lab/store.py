@@ -80,7 +80,7 @@ def read_pairs_manifest(folder) -> dict:
     require(listed, f"{path}: {message}", FileError)
     return m
 
-# %% ../../nbs/lab/25_store.ipynb #647fe412
+# %% ../../nbs/lab/25_store.ipynb #30f5accc
 def _check_values(where, tensors: dict, num_classes: int, numbers, name: str):
     "FileError unless noise and images are finite and labels in range, -1 without classes."
     for k in tensors.keys() & {"noise", "image"}:
@@ -93,6 +93,9 @@ def _check_values(where, tensors: dict, num_classes: int, numbers, name: str):
 
 def _arrays(folder, noise, image, labels) -> tuple:
     "What is stored of what `save_pairs` was given: noise, image, label."
+    for name, value in (("noise", noise), ("image", image), ("labels", labels)):
+        fits = hasattr(value, "__array__") or (name == "labels" and value is None)
+        require(fits, f"{folder}: {name} must be a tensor or an array, not {describe(value)}", FileError)
     noise, image = torch.as_tensor(noise), torch.as_tensor(image)
     floating = noise.is_floating_point() and image.is_floating_point()
     advice = "image around [-1, 1], as to_float makes it of bytes"
@@ -309,7 +312,7 @@ class _Shard:
         advice = "delete it and generate the pairs again"
         raise FileError(f"{self.path}: shorter than its header says; {advice}")
 
-# %% ../../nbs/lab/25_store.ipynb #59e5f5dd
+# %% ../../nbs/lab/25_store.ipynb #f45b2e5c
 def _places(index, n: int):
     "The pairs of n that an index means, as in numpy: int64 (B,), each in 0 .. n - 1."
     try:
@@ -353,8 +356,20 @@ class PairDataset:
         if wrong:
             raise FileError(wrong[0] + (f" ({len(wrong)} shards are wrong)" if len(wrong) > 1 else ""))
         self._ends = np.cumsum([s["pairs"] for s in shards])
-        files = [self.folder / s["file"] for s in shards]
+        self._open()
+
+    def _open(self):
+        "Files are opened when they are first read, and the last few stay open."
+        files = [self.folder / s["file"] for s in self.manifest["shards"]]
         self._shard = lru_cache(maxsize=_MOST_OPEN)(lambda s: _Shard(files[s]))
+
+    def __getstate__(self):
+        "What a spawned worker of a DataLoader receives: no open files."
+        return {k: v for k, v in self.__dict__.items() if k != "_shard"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
 
     def __len__(self):
         return int(self._ends[-1])

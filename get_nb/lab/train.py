@@ -6,7 +6,7 @@
 __all__ = ['make_optimizer', 'descend', 'whole_batch', 'Supervised', 'compiled', 'window_means', 'Stopped', 'on_sigterm',
            'train_method', 'train']
 
-# %% ../../nbs/lab/12_train.ipynb #452af3ca
+# %% ../../nbs/lab/12_train.ipynb #3789e114
 import math
 import signal
 import sys
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .core import autocast, is_main, progress, seed_everything
+from .core import autocast, is_main, progress, require_config, require_model, seed_everything
 from .schedule import TrainConfig, ema_decay, ema_update, learning_rate, shares
 from .state import Method, Run, TrainingError, last_good, load_state, save_state, start_run
 
@@ -332,7 +332,7 @@ def train_method(
         raise TrainingError(f"{desc}: {reason} ({first_line}); {last_good(run.folder)}. Rerun to resume") from e
     return run
 
-# %% ../../nbs/lab/12_train.ipynb #dde9ed72
+# %% ../../nbs/lab/12_train.ipynb #a661b11f
 def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = None, desc: str = "train", watch=None):
     """Train one network on one loss; the other arguments are those of `train_method`.
 
@@ -351,6 +351,8 @@ def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = Non
     Raises:
         TrainingError, FileError, ConfigError, Stopped: as train_method
     """
+    require_model("model", model)
+    require_config(cfg, TrainConfig)
     run = train_method(Supervised(model, loss_fn, cfg), cfg, state_dir, identity, desc, watch)
     history = dict(loss=[]) | run.curve
     history |= dict(seconds=run.seconds, resumed_at=run.resumed, skipped=run.skipped, averages=run.emas)

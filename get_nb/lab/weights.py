@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'WeightsFile', 'weights_folder', 'find_weights', 'read_weights']
 
-# %% ../../nbs/lab/04_weights.ipynb #2b9d2c94
+# %% ../../nbs/lab/04_weights.ipynb #04529ca9
 import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import FileError, UnsafeFileError, nearest, require
+from .core import FileError, UnsafeFileError, home_folder, nearest, require
 from .files import sha256_file
 
 # %% ../../nbs/lab/04_weights.ipynb #5f2475a4
@@ -53,10 +53,21 @@ WEIGHTS = dict(
     ),
 )
 
-# %% ../../nbs/lab/04_weights.ipynb #c36d8f88
+# %% ../../nbs/lab/04_weights.ipynb #8f7ad093
 def weights_folder() -> Path:
-    "Where published weights are looked for: $GET_NB_WEIGHTS, or ~/.cache/get_nb/weights."
-    return Path(os.environ.get("GET_NB_WEIGHTS") or "~/.cache/get_nb/weights").expanduser()
+    """Where published weights are looked for: $GET_NB_WEIGHTS, or ~/.cache/get_nb/weights.
+
+    Returns:
+        the folder, there or not
+
+    Raises:
+        FileError: neither the variable is set nor a home folder is known
+    """
+    given, home = os.environ.get("GET_NB_WEIGHTS"), home_folder()
+    if given:
+        return Path(os.path.expanduser(given))
+    require(home, "no home folder to look for weights in: set GET_NB_WEIGHTS to their folder", FileError)
+    return home / ".cache/get_nb/weights"
 
 
 def find_weights(name: str, path=None, sha256: str | None = None) -> Path:
