@@ -122,14 +122,16 @@ def _training(kind: str, cost: dict, steps: int, batch: int) -> dict:
 def _sampling(kind: str, n: int, flop: float) -> dict:
     return dict(kind=kind, evaluations=n, pflop=n * flop / 1e15)
 
-# %% ../../nbs/lab/41_costs.ipynb #447fb405
+# %% ../../nbs/lab/41_costs.ipynb #a5300b17
 def _teacher_stage(stage, stages, data):
     p = stage.params
     return _training("train unet", teacher_cost(p["teacher"], data), p["steps"], p["batch_size"])
 
 
 def _cost_of_student(params: dict, data: str) -> dict:
-    return student_cost(params["model"], tuple(params["overrides"].items()), data, params["n_iter"])
+    few = params["n_iter"]
+    mean = (few + max(few, params["n_iter_max"])) // 2  # where their number varies
+    return student_cost(params["model"], tuple(params["overrides"].items()), data, mean)
 
 
 def _student_stage(stage, stages, data):
