@@ -12,15 +12,20 @@ import pytest
 import torch
 
 import toy
+from torch.utils.flop_counter import FlopCounterMode
+
+from get_nb.lab import blocks, choices, kernels
+from get_nb.lab.blocks import Plan
+from get_nb.lab.store import PairDataset, save_pairs
 from get_nb.lab.core import ConfigError, seed_everything, torch_rng
 from get_nb.lab.counting import LiveMemory
-from get_nb.distillation import DistillConfig, distill_loss
+from get_nb.distillation import DistillConfig, distill, distill_loss
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from get_nb.evaluation import EvalConfig, generate, measure, training_cost
 from get_nb.lab.evaluate import sample_to_file, sampling_formulation, training_formulation
 from get_nb.lab.images import to_uint8
 from get_nb.lab.fast import Compiled, Fast
-from get_nb.lab.kernels import LinearFunction, attention
+from get_nb.lab.kernels import Kernels, LinearFunction, attention
 from get_nb.lab.files import save_checkpoint
 from get_nb.presets import with_options
 from get_nb.lab.checkpoints import create_model
@@ -248,7 +253,10 @@ def test_a_training_step_keeps_less_memory_than_the_reference_and_half_of_it_in_
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("bias, add, gelu", [(True, False, False), (True, True, True), (False, True, False)])
-def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, wide, bias, add, gelu):
+@pytest.mark.parametrize("library", ["torch", "onednn"])
+@pytest.mark.parametrize("kept", ["again", "kept"])
+def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, wide, bias, add, gelu, library, kept):
+    how = Kernels(forward=library, backward=library, gelu=kept)
     n, d, e = (24, 16, 40) if wide else (24, 40, 16)
     x, w, b, a = (
         torch.randn(*s, generator=torch_rng(str(s)), requires_grad=True) for s in ((n, d), (e, d), (e,), (n, e))
@@ -260,7 +268,7 @@ def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, wide, bias
 
     def ours():
         return LinearFunction.apply(
-            x.to(dtype), w.to(dtype), b.to(dtype) if bias else None, a.to(dtype) if add else None, gelu
+            x.to(dtype), w.to(dtype), b.to(dtype) if bias else None, a.to(dtype) if add else None, gelu, how
         ).float()
 
     wanted, got = formula(), ours()
@@ -272,11 +280,12 @@ def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, wide, bias
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("tokens", [16, 400])  # 400: one and a half images at a time
-def test_attention_in_parts_is_attention(dtype, tolerance, tokens):
+@pytest.mark.parametrize("way", ["fused", "mixed", "formula"])
+def test_attention_in_parts_is_attention(dtype, tolerance, tokens, way):
     q, k, v = (torch.randn(5, 4, tokens, 8, generator=torch_rng(n), requires_grad=True) for n in "qkv")
     wanted, got = (
         torch.nn.functional.scaled_dot_product_attention(q, k, v),
-        attention(q.to(dtype), k.to(dtype), v.to(dtype)).float(),
+        attention(q.to(dtype), k.to(dtype), v.to(dtype), Kernels(attention=way)).float(),
     )
     grad = torch.randn(wanted.shape, generator=torch_rng("grad"))
     for ours, fused in zip(
@@ -496,3 +505,159 @@ def test_no_iterations_are_refused():
     model = awake()
     with pytest.raises(ConfigError, match="n_iter = 0"):
         Fast(model)(*batch(model), n_iter=0)
+
+
+# What is chosen by measuring.
+
+
+@pytest.fixture
+def choosing(monkeypatch, tmp_path):
+    "A machine without answers, on which timing is allowed."
+    monkeypatch.setenv("GET_NB_CHOICES", "")
+    monkeypatch.setenv("GET_NB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(choices, "_ANSWERS", {})
+    return tmp_path
+
+
+class Clock:
+    "Every call of a candidate takes the seconds that are given for it."
+
+    def __init__(self, **seconds):
+        self.now, self.calls = 0.0, []
+        self.candidates = {n: lambda n=n, s=s: self.run(n, s) for n, s in seconds.items()}
+
+    def run(self, name, seconds):
+        self.calls.append(name)
+        if seconds is None:
+            raise NotImplementedError
+        self.now += seconds
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    "seconds, answer",
+    [
+        (dict(a=1.0, b=0.5, c=0.7), "b"),
+        (dict(a=1.0, b=0.99), "a"),  # a gain that noise could make
+        (dict(a=1.0, b=None), "a"),
+        (dict(a=None, b=5.0), "b"),
+        (dict(a=None, b=None), "a"),
+    ],
+)
+def test_the_fastest_candidate_that_there_is_is_chosen(seconds, answer):
+    clock = Clock(**seconds)
+    assert choices.fastest(clock.candidates, clock)[0] == answer
+
+
+def test_an_answer_is_kept_per_machine_and_measured_once(choosing, monkeypatch):
+    clock = Clock(a=1.0, b=0.1)
+    monkeypatch.setattr(choices.fastest, "__defaults__", (clock,))
+    for thread_count, measured in ((1, True), (1, False), (2, True)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=thread_count: n)
+        clock.calls.clear()
+        choices._ANSWERS.clear()  # as in a new process
+        assert choices.choose("question", clock.candidates) == "b" and bool(clock.calls) == measured
+    assert len(choices.remembered()) == 2
+    choices.forget()
+    assert choices.remembered() == {}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"x": 3}', '{"x": {"q": {}}}', "\x00"])
+def test_a_damaged_file_of_answers_is_written_anew(choosing, content):
+    path = choices.choices_file()
+    path.parent.mkdir()
+    path.write_text(content, encoding="utf-8")
+    assert choices.choose("question", Clock(a=1.0, b=None).candidates) == "a"
+    assert list(choices.remembered().values())[0]["question"]["answer"] == "a"
+
+
+@pytest.mark.parametrize("place", ["/proc/nowhere", "/dev/null/cache"])
+def test_where_answers_cannot_be_kept_they_are_measured_again(choosing, monkeypatch, place):
+    monkeypatch.setenv("GET_NB_CACHE", place)
+    assert choices.choose("question", Clock(a=1.0, b=None).candidates) == "a"
+
+
+@pytest.mark.parametrize("variable, value", [("WORLD_SIZE", "2"), ("GET_NB_CHOICES", "first")])
+def test_nothing_is_timed_where_choices_must_agree(choosing, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    clock = Clock(a=1.0, b=0.1)
+    assert choices.choose("question", clock.candidates) == "a" and not clock.calls
+
+
+def test_nothing_is_timed_while_operators_are_counted(choosing):
+    model = awake()
+    fast = Fast(model)
+    with FlopCounterMode(display=False) as counter:
+        fast(*batch(model))
+    with FlopCounterMode(display=False) as again:
+        Fast(model)(*batch(model))
+    assert counter.get_total_flops() == again.get_total_flops() and not choices.remembered() and fast.plan is None
+
+
+@pytest.mark.parametrize("training", ["bf16", "float32", "reference"])
+@pytest.mark.parametrize("kernels", [Kernels(), Kernels(forward="onednn", attention="mixed", gelu="kept", packed=True)])
+def test_every_plan_makes_the_same_images_and_gradients(training, kernels):
+    model = awake()
+    noise, labels = batch(model)
+    fast = Fast(model, "bf16")
+    fast.plan = Plan(training=training, sampling=training, float32=kernels, bf16=kernels)
+    close = dict(atol=0.05 if training == "bf16" else 1e-5)
+    assert torch.allclose(fast(noise, labels), model(noise, labels), **close)
+    images, wanted = (m.unrolled(noise, labels, n_iter=2)[-1] for m in (fast, model))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(x.square().mean(), weights, allow_unused=True) for x in (images, wanted)]
+    for a, b in zip(*gradients):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).norm() <= (0.1 if training == "bf16" else 1e-4) * b.norm() + 1e-6
+
+
+def test_a_resumed_training_keeps_the_plan_it_began_with(choosing):
+    "Bit for bit, whatever the machine has come to think since."
+    plan = Plan(training="bf16", sampling="float32", bf16=Kernels(forward="onednn", gelu="kept"))
+    first = Fast(awake(), "bf16")
+    first.plan = plan
+    first.settle(4, choosing / "state")
+    other = Fast(awake(), "bf16")
+    assert other.settle(4, choosing / "state") == plan and other.plan == plan
+
+
+def test_resumed_without_the_library_it_goes_on_and_says_so(choosing, monkeypatch, capsys):
+    fast = Fast(awake(), "bf16")
+    fast.plan = Plan(training="float32", sampling="bf16", float32=Kernels(forward="onednn", packed=True))
+    fast.settle(4, choosing / "state")
+    monkeypatch.setattr(blocks, "has_one_dnn", lambda: False)
+    other = Fast(awake(), "bf16")
+    assert other.settle(4, choosing / "state").float32 == Kernels()
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "oneDNN" in said
+
+
+def test_a_training_that_is_interrupted_ends_the_same_though_the_answers_have_changed(choosing, monkeypatch):
+    "The engine's own resume, with a machine that answers otherwise the second time."
+
+    def run(folder, steps, answer):
+        monkeypatch.setattr(
+            blocks, "choose", lambda question, candidates: answer if answer in candidates else "float32"
+        )
+        monkeypatch.setattr(kernels, "choose", lambda question, candidates: next(iter(candidates)))
+        model = awake()
+        fast = Fast(model, "bf16")
+        cfg = TrainConfig(steps=6, batch_size=8, checkpoint_every=2)
+        stop = dict(probe=lambda net, step: (_ for _ in ()).throw(KeyboardInterrupt) if step == steps else None)
+        try:
+            return distill(model, pairs, DistillConfig(n_iter=2), cfg, folder, formulation=fast, **stop)[0]
+        except KeyboardInterrupt:
+            return None
+
+    noise, labels = batch(awake(), 16)
+    save_pairs(choosing / "pairs", noise, noise.clamp(-1, 1), labels, num_classes=10)
+    pairs = PairDataset(choosing / "pairs")
+    whole = run(choosing / "whole", -1, "bf16")
+    assert run(choosing / "cut", 4, "bf16") is None
+    resumed = run(choosing / "cut", -1, "reference")
+    other = run(choosing / "other", -1, "reference")
+    same = [torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values())]
+    differs = [torch.equal(a, b) for a, b in zip(whole.state_dict().values(), other.state_dict().values())]
+    assert all(same) and not all(differs)

@@ -96,7 +96,10 @@ def test_a_set_is_called_by_its_short_name(tmp_path, name, called):
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("size", [0, 12, 24])
 def test_shapes_and_folders_have_the_size_and_shapes_the_number_that_were_asked_for(tmp_path, split, size):
-    for s in (load_split(f"shapes@{size}" if size else "shapes", split, 1, 7), load_data("shapes", split, n=7, size=size)):
+    for s in (
+        load_split(f"shapes@{size}" if size else "shapes", split, 1, 7),
+        load_data("shapes", split, n=7, size=size),
+    ):
         assert s.images.shape == (7, 3, size or 16, size or 16)
     clothes = write_clothes(tmp_path / "clothes", n=10)
     at = f"@{size}" if size else ""

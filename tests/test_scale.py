@@ -184,7 +184,7 @@ def test_a_benchmark_of_an_unknown_size_is_refused_before_it_starts(tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "results/bench").glob("bench_*.json")), ids=lambda p: p.stem)
 def test_every_number_of_the_published_benchmark_is_in_its_record(path):
     table = json.loads(path.read_text(encoding="utf-8"))
-    record = json.loads((path.parent / f"record_{path.stem.split('_')[1]}/record.json").read_text(encoding="utf-8"))
+    record = json.loads((path.parent / f"record_{path.stem[6:]}/record.json").read_text(encoding="utf-8"))
     for row in table["rows"]:
         for key, cell in row.items():
             if isinstance(cell, dict) and cell["value"] is not None:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['BenchConfig', 'run_bench']
 
-# %% ../../nbs/lab/44_bench.ipynb #d97e3f6d
+# %% ../../nbs/lab/44_bench.ipynb #2ece23ce
 import shutil
 import statistics
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ from ..evaluation import training_cost
 from ..get import GET
 from ..gradients import unroll
 from .checkpoints import create_model, create_teacher
+from .choices import processor
 from .core import autocast, config, keep_memory, require, seed_everything, setup, torch_rng
 from .counting import LiveMemory, flops
 from .fast import Compiled, Fast
@@ -134,7 +136,7 @@ def _peak_memory(f, run, batch, cfg: BenchConfig, device):
 def _images(n: int, cfg: BenchConfig, device) -> tuple:
     return tuple(t.to(device) for t in draw_noise(range(n), (3, cfg.image_size, cfg.image_size), 10))
 
-# %% ../../nbs/lab/44_bench.ipynb #dce79ad4
+# %% ../../nbs/lab/44_bench.ipynb #1cb93b21
 _SINGLE = ("reference", "float32")  # rows in float32, TF32 on a GPU; the others are in bf16
 
 
@@ -162,15 +164,18 @@ def _measure_models(name: str, task: str, cfg: BenchConfig, device, products: di
         peak = f"peak_{row if row in _SINGLE else 'bf16'}"
         share = statistics.median(work * cfg.batch_size / t[row] / t[peak] for t in rounds)
         memory = _peak_memory(functions[row], runs[row], batch, cfg, device) if seen else None
-        r |= dict(images_per_second=cfg.batch_size / r["seconds"], share=share, memory_mb=memory)
+        chosen = getattr(getattr(runs[row], "plan", None), task, None)  # of a CPU: precision, or the reference
+        r |= dict(images_per_second=cfg.batch_size / r["seconds"], share=share, memory_mb=memory, chosen=chosen)
     if cfg.compiled and runs["compiled"].iterate.fast is None:
         del out["compiled"]  # it fell back, and has said so
     return out, {k: [t[k] for t in rounds] for k in products}
 
-# %% ../../nbs/lab/44_bench.ipynb #9b355fe4
+# %% ../../nbs/lab/44_bench.ipynb #40f56f0e
 def _complete(row: dict, **known) -> dict:
     "A row with every number that a table asks for."
-    return dict(dict.fromkeys(("spread", "speedup", "images_per_second", "share", "memory_mb")), **row) | known
+    return (
+        dict(dict.fromkeys(("spread", "speedup", "images_per_second", "share", "memory_mb", "chosen")), **row) | known
+    )
 
 
 @torch.no_grad()
@@ -241,7 +246,7 @@ def _other_rows(cfg: BenchConfig, device) -> list:
             rows += [dict(size=what, task=task, row=row, **r) for row, r in measure().items()]
     return rows
 
-# %% ../../nbs/lab/44_bench.ipynb #6dcd5a4b
+# %% ../../nbs/lab/44_bench.ipynb #3e5663d3
 def run_bench(cfg: BenchConfig, device: str = "auto", threads: int = 0) -> dict:
     """Measure everything that the configuration names.
 
@@ -269,6 +274,8 @@ def run_bench(cfg: BenchConfig, device: str = "auto", threads: int = 0) -> dict:
     seen = {k: [v for p in peaks.values() for v in p[k]] or [product_rate(*products[k], device)] for k in products}
     return dict(
         device=device.type,
+        processor=torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        date=datetime.now(UTC).date().isoformat(),
         config={k: getattr(cfg, k) for k in cfg.__dataclass_fields__},
         keeps_memory=kept,
         peaks={k[5:]: statistics.median(v) for k, v in seen.items()},

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Finding', 'examine']
 
-# %% ../../nbs/lab/46_doctor.ipynb #4e60d83f
+# %% ../../nbs/lab/46_doctor.ipynb #49519d75
 import importlib.util
 import os
 import re
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from .choices import choices_file, machine, remembered
 from .core import ConfigError, FileError, find_root
 from .folders import CIFAR_FILES, data_folder
 from .profiles import load_profile
@@ -125,7 +126,19 @@ def _weights() -> list:
             found.append(Finding(False, f"weights: {e}"))
     return found
 
-# %% ../../nbs/lab/46_doctor.ipynb #e52ab782
+# %% ../../nbs/lab/46_doctor.ipynb #07388a02
+def _choices() -> list:
+    "What was chosen by measuring on this machine."
+    if importlib.util.find_spec("torch") is None:
+        return []
+    found = [Finding(True, f"choices: measured on {machine()}, kept in {choices_file() or 'this process only'}")]
+    for question, a in sorted(remembered().get(machine(), {}).items()):
+        others = ", ".join(f"{n} {1e3 * t:.2f}" for n, t in a["seconds"].items() if n != a["answer"])
+        own = f"{1e3 * a['seconds'].get(a['answer'], float('nan')):.2f} ms"
+        found.append(Finding(True, f"choices: {question}: {a['answer']} ({own}; {others})"))
+    return found
+
+
 def examine(root=None) -> list:
     """Everything that the doctor looks at.
 
@@ -139,4 +152,4 @@ def examine(root=None) -> list:
         clone = [*_data(), *_clone(find_root(root))]
     except ConfigError as e:
         clone = [Finding(False, f"clone: {e}", required=True)]
-    return [*_machine(), *_packages(), *clone, *_weights()]
+    return [*_machine(), *_packages(), *clone, *_weights(), *_choices()]

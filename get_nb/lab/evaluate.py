@@ -52,7 +52,7 @@ def training_formulation(model, cfg: DistillConfig, train_cfg: TrainConfig) -> F
     require_options(model, gradient="unrolled")
     return Fast(model, train_cfg.precision, bool(mode))
 
-# %% ../../nbs/lab/31_evaluate.ipynb #20396066
+# %% ../../nbs/lab/31_evaluate.ipynb #72e3d5ca
 def sampling_formulation(model, precision: str):
     """What `generate` and `evaluate` compute a model through in this precision.
 
@@ -61,14 +61,14 @@ def sampling_formulation(model, precision: str):
         precision: "float32" or "bf16"
 
     Returns:
-        Fast over the parameters of a GET or ViT in bf16, else None: the model itself
+        Fast over the parameters of a GET or ViT in exactly bf16, else None: the model itself
 
     Raises:
         ConfigError: the model has options that the fast formulation lacks
     """
     if precision == "float32" or not isinstance(model, ViT):
         return None
-    return Fast(model, precision)
+    return Fast(model, precision, exact=True)
 
 # %% ../../nbs/lab/31_evaluate.ipynb #31f22b44
 def join_gloo(device: str = "auto"):

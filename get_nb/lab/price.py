@@ -161,7 +161,7 @@ class Assumptions:
     price: _Number = 4.0
     samples: _Count = 50_000
 
-# %% ../../nbs/lab/42_price.ipynb #21cd8077
+# %% ../../nbs/lab/42_price.ipynb #c5a3fd73
 _SOURCES = dict(peak="assumed (H200)", memory="data sheet (H200)", samples="published protocol")  # else assumed
 
 
@@ -175,6 +175,12 @@ def _read_record(path: Path) -> dict:
         if rows:
             out[task] = min(1.0, max(rows))
     return out
+
+
+def _published_gpu(folder: Path) -> Path | None:
+    "The newest published record of a GPU."
+    read = [(json.loads(p.read_text(encoding="utf-8")), p) for p in folder.glob("record_*/record.json")]
+    return max(((r["date"], p) for r, p in read if r["device"] == "cuda"), default=(None, None))[1]
 
 
 def read_speeds(path=None) -> dict:
@@ -192,11 +198,11 @@ def read_speeds(path=None) -> dict:
     if path and not Path(path).is_file():
         raise FileError(f"{path}: no such record; get-nb bench writes one on a GPU")
     try:
-        path = Path(path or find_root() / "results/bench/record_cuda/record.json")
+        path = Path(path) if path else _published_gpu(find_root() / "results/bench")
     except ConfigError:  # outside of a clone nothing is published
         return {}
     try:
-        return _read_record(path) if path.is_file() else {}
+        return _read_record(path) if path else {}
     except (ValueError, KeyError, TypeError) as e:
         if isinstance(e, FileError):
             raise
