@@ -6,7 +6,7 @@
 __all__ = ['generate', 'sample_seeds', 'sample_images', 'cost', 'training_cost', 'EvalConfig', 'measure', 'family', 'protocol',
            'evaluate']
 
-# %% ../nbs/32_evaluation.ipynb #3a885e0b
+# %% ../nbs/32_evaluation.ipynb #11740c1e
 import statistics
 import time
 from typing import Literal
@@ -16,7 +16,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from .distillation import DistillConfig, distill_loss
 from .get import GET
-from .lab.core import EVAL_SEED, Ints, autocast, config, progress
+from .lab.core import EVAL_SEED, Ints, autocast, config, progress, send
 from .lab.core import require, require_callable, require_config, require_model
 from .lab.counting import flops, kept_bytes
 from .lab.images import ImageSet, check_bytes, finite_bytes
@@ -52,7 +52,7 @@ def generate(
             return run(noise, labels, n_iter=n_iter)
         return run(noise, labels)
 
-# %% ../nbs/32_evaluation.ipynb #b9966627
+# %% ../nbs/32_evaluation.ipynb #5f02e5f0
 def _shape(model) -> tuple:
     "(C, H, W) of a model's images."
     c = model.config
@@ -84,7 +84,7 @@ def sample_seeds(model, seeds: range, conditional: bool = True, **how):
     device = next(model.parameters()).device
     noise, labels = _start(model, seeds, conditional)
     began = time.perf_counter()
-    images = generate(model, noise.to(device), None if labels is None else labels.to(device), **how)
+    images = generate(model, send(noise, device), send(labels, device), **how)
     images = finite_bytes(images, seeds, model.config.get("name", "the model"))
     ms = 1000 * (time.perf_counter() - began) / len(seeds)
     return images, torch.full((len(seeds),), -1) if labels is None else labels, ms

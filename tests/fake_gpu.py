@@ -13,6 +13,9 @@ aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
 
 
+_SAID = {"torch.cuda.amp.common.amp_definitely_not_available": False, "torch.cuda.is_bf16_supported": True}
+
+
 class Waits(AssertionError):
     "The CPU would wait until the GPU has done everything that was asked of it before."
 
@@ -43,6 +46,8 @@ class FakeGPU(TorchDispatchMode):
     def __enter__(self):
         self.stack = ExitStack()
         self.stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
+        for name, answer in _SAID.items():
+            self.stack.enter_context(mock.patch(name, lambda *args, answer=answer: answer))
         self.stack.enter_context(self.fake)  # below this mode: what is not answered here comes to it
         return super().__enter__()
 
@@ -93,6 +98,37 @@ class FakeGPU(TorchDispatchMode):
         if not self.may_wait:
             self.check(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def _leaves(loss):
+    "The tensors whose `.grad` a backward pass from here would fill in."
+    todo, met = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in met:
+            continue
+        met.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        todo += [n for n, _ in node.next_functions]
+
+
+def _backward(loss, *args, **kw):
+    "Tensor.backward without a GPU: every leaf gets a gradient of its shape, where it lies."
+    for t in _leaves(loss):
+        t.grad = torch.empty_like(t)
+
+
+def _grad(out, x, *args, **kw):
+    "torch.autograd.grad without a GPU: something of the shape of x that depends on what `out` depends on."
+    return (x * out,)
+
+
+@contextmanager
+def without_backward():
+    "While the block runs, backward passes, which have no GPU to run on, are left out; all around them is done."
+    with mock.patch.object(torch.Tensor, "backward", _backward), mock.patch.object(torch.autograd, "grad", _grad):
+        yield
 
 
 def left_behind(module, device="cuda"):

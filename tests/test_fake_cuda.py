@@ -1,4 +1,4 @@
-"""Every model, teacher, sampler, loss, training step and feature network on a GPU that is not there: all tensors are where they should be, and the CPU never waits."""
+"""Every model, teacher and sampler on a GPU that is not there: all tensors are where they should be, and the CPU never waits."""
 
 from contextlib import nullcontext
 
@@ -7,10 +7,10 @@ import torch
 from fake_gpu import FakeGPU, Waits, left_behind
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from get_nb.distillation import DistillConfig, distill_loss
-from get_nb.evaluation import generate
+from get_nb.evaluation import generate, sample_seeds
 from get_nb.get import GET, GETConfig
 from get_nb.kd import OneStep
+from get_nb.lab.fast import Fast
 from get_nb.precond import IdealDenoiser
 from get_nb.presets import build_model
 from get_nb.progressive import ddim_sample
@@ -128,6 +128,7 @@ SAMPLERS = {
     "DDIM": lambda net, x, y: ddim_sample(net, x, y, edm_sigmas(2, device="cuda")),
     "one step": lambda net, x, y: OneStep(net)(x, y),
     "generate": lambda net, x, y: generate(net, x, y, num_steps=1),
+    "generate in bf16": lambda net, x, y: generate(net, x, y, num_steps=1, precision="bf16"),
     "a number as level": lambda net, x, y: net(x, 0.5, y),
     "finite set": lambda net, x, y: net.finite(x, 2.0, y),
 }
@@ -143,6 +144,26 @@ def test_samplers_stay_on_the_gpu_and_do_not_wait(gpu, name):
     assert out.device.type == "cuda" and out.shape == noise.shape
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize(
+    "name, options", [("ViT-digits/2", {}), ("GET-digits/2", {}), ("GET-digits/2", dict(select="lowest"))]
+)
+def test_the_fast_formulation_stays_on_the_gpu_and_does_not_wait(gpu, name, options, precision):
+    fast = Fast(build_model(name, num_classes=3, **SHAPE, **options).to("cuda"), precision)
+    noise, labels = inputs(3)
+    with gpu.no_wait():
+        out = [fast(noise, labels), *fast.unrolled(noise, labels, n_iter=2)]
+    assert all(x.device.type == "cuda" and x.shape == noise.shape for x in out)
+
+
+def test_sampling_from_seeds_waits_for_its_images_alone(gpu, monkeypatch):
+    net = build_model("GET-digits/2", num_classes=3, **SHAPE).to("cuda")
+    monkeypatch.setattr("get_nb.evaluation.finite_bytes", lambda images, *_: images)
+    with gpu.no_wait():
+        images, labels, _ = sample_seeds(net, range(2))
+    assert images.device.type == "cuda" and labels.device.type == "cpu"
+
+
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_with_a_tolerance_a_model_waits(gpu, num_classes):
     net = build_model("GET-digits/2", num_classes=num_classes, **SHAPE, tol=1e-3).to("cuda")
@@ -156,23 +177,3 @@ def test_the_released_get_waits_for_its_tolerance_alone(gpu, tol, waits):
     net, (noise, _) = GET(GETConfig(dim=16, heads=2, depth=1, tol=tol), image_size=8, channels=1).to("cuda"), inputs(0)
     with gpu.no_wait(), pytest.raises(DataDependentOutputException) if waits else nullcontext():
         net(noise)
-
-
-@pytest.mark.parametrize("name, options", [("ViT-digits/2", {}), ("GET-digits/2", dict(state="normalized"))])
-def test_the_loss_compiles_to_one_graph(name, options):
-    torch.manual_seed(0)
-    model = build_model(name, num_classes=10, **SHAPE, **options)
-    noise, labels, image = torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), torch.randn(4, 1, 8, 8)
-    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
-    cfg = DistillConfig(n_iter=3)
-
-    def loss(model, *batch):
-        return distill_loss(model, *batch, cfg)
-
-    found = []
-    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
-        value = f(model, noise, labels, image)
-        value.backward()
-        found.append([value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found, strict=True))

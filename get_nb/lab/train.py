@@ -6,7 +6,7 @@
 __all__ = ['make_optimizer', 'descend', 'whole_batch', 'Supervised', 'compiled', 'window_means', 'Stopped', 'on_sigterm',
            'train_method', 'train']
 
-# %% ../../nbs/lab/12_train.ipynb #3789e114
+# %% ../../nbs/lab/12_train.ipynb #86e10e6e
 import math
 import signal
 import sys
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .core import autocast, is_main, progress, require_config, require_model, seed_everything
+from .core import autocast, is_main, progress, seed_everything
 from .schedule import TrainConfig, ema_decay, ema_update, learning_rate, shares
 from .state import Method, Run, TrainingError, last_good, load_state, save_state, start_run
 
@@ -235,16 +235,16 @@ def on_sigterm():
     finally:
         signal.signal(signal.SIGTERM, before)
 
-# %% ../../nbs/lab/12_train.ipynb #eab1db5c
+# %% ../../nbs/lab/12_train.ipynb #dd3ef633
 def _advance(run: Run, stop: bool):
-    "One step and its averages -> (step, scalars, norms), or None if it is left out; number of processes asked to stop."
-    step, done, wish = run.step, None, 0
+    "One step and its averages -> (step, scalars, norms), or None if it is left out; is a process asked to stop?"
+    step, done, wish = run.step, None, False
     run.norms = []
     if step not in run.skipped:
         done = (step, run.method.step(run), run.norms)
         for half_life, ema in run.emas.items():
             ema_update(ema, run.model, ema_decay(step, run.cfg, half_life))
-        wish = run.processes.sum(torch.full((), float(stop), device=run.device))
+        wish = stop if run.processes.world == 1 else run.processes.sum(torch.full((), float(stop), device=run.device))
     run.step += 1
     return done, wish
 
@@ -332,7 +332,7 @@ def train_method(
         raise TrainingError(f"{desc}: {reason} ({first_line}); {last_good(run.folder)}. Rerun to resume") from e
     return run
 
-# %% ../../nbs/lab/12_train.ipynb #a661b11f
+# %% ../../nbs/lab/12_train.ipynb #fc9c14ad
 def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = None, desc: str = "train", watch=None):
     """Train one network on one loss; the other arguments are those of `train_method`.
 
@@ -351,8 +351,6 @@ def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = Non
     Raises:
         TrainingError, FileError, ConfigError, Stopped: as train_method
     """
-    require_model("model", model)
-    require_config(cfg, TrainConfig)
     run = train_method(Supervised(model, loss_fn, cfg), cfg, state_dir, identity, desc, watch)
     history = dict(loss=[]) | run.curve
     history |= dict(seconds=run.seconds, resumed_at=run.resumed, skipped=run.skipped, averages=run.emas)
