@@ -122,14 +122,16 @@ def _training(kind: str, cost: dict, steps: int, batch: int) -> dict:
 def _sampling(kind: str, n: int, flop: float) -> dict:
     return dict(kind=kind, evaluations=n, pflop=n * flop / 1e15)
 
-# %% ../../nbs/lab/41_costs.ipynb #74d5ff55
+# %% ../../nbs/lab/41_costs.ipynb #a5300b17
 def _teacher_stage(stage, stages, data):
     p = stage.params
     return _training("train unet", teacher_cost(p["teacher"], data), p["steps"], p["batch_size"])
 
 
 def _cost_of_student(params: dict, data: str) -> dict:
-    return student_cost(params["model"], tuple(params["overrides"].items()), data, params["n_iter"])
+    few = params["n_iter"]
+    mean = (few + max(few, params["n_iter_max"])) // 2  # where their number varies
+    return student_cost(params["model"], tuple(params["overrides"].items()), data, mean)
 
 
 def _student_stage(stage, stages, data):
@@ -139,6 +141,13 @@ def _student_stage(stage, stages, data):
         other = student_cost(p["match_flops"], (), data, p["n_iter"])
         steps = round(steps * other["train_gflop"] / cost["train_gflop"])
     return _training("train transformer", cost, steps, p["batch_size"])
+
+
+def _search_stage(stage, stages, data):
+    "Every rate for a share of the steps, and two of them for all; rates that may be added at an end are not counted."
+    p = stage.params
+    steps = round(p["steps"] * (p["share"] * len(p["lrs"]) + 2))
+    return _training("train transformer", _cost_of_student(p, data), steps, p["batch_size"])
 
 
 def _pairs_stage(stage, stages, data):
@@ -177,7 +186,7 @@ def _budgeted_stage(stage, stages, data):
         given = stage_cost(stages[stage.inputs["pairs"]], stages, data).get("pflop", 0.0)
     return dict(kind=BUDGETED[kind], pflop=max(0.0, stage.params["tflop"] / 1e3 - given))
 
-# %% ../../nbs/lab/41_costs.ipynb #4d664ab8
+# %% ../../nbs/lab/41_costs.ipynb #25b73cc1
 def stage_cost(stage, stages: dict, data: str) -> dict:
     """What one stage of a profile computes.
 
@@ -192,6 +201,7 @@ def stage_cost(stage, stages: dict, data: str) -> dict:
     """
     kind = stage.notebook.stem
     by_notebook = dict(teacher=_teacher_stage, student=_student_stage, pairs=_pairs_stage, evaluate=_evaluate_stage)
+    by_notebook["search"] = _search_stage
     if data not in IMAGES:
         return {}
     if kind in BUDGETED and stage.params["tflop"]:
