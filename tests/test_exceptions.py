@@ -200,6 +200,7 @@ ROLES = dict(
     generate_pairs=dict(denoiser=NO_MODEL | dict(foreign="x"), cfg=NO_CONFIG),
     import_reference_pairs=dict(src=NO_WEIGHTS, shard_size=NO_COUNT),
     compare=dict(generated=NO_BYTES, reference=NO_BYTES, network=NO_MODEL),
+    train=dict(model=NO_MODEL | dict(foreign="x"), loss_fn=NO_FUNCTION, cfg=NO_CONFIG),
     distill=LEARN | dict(model=NO_MODEL, formulation=NO_FUNCTION),
     evaluate=MEASURE | dict(formulation=NO_FUNCTION, spread=NO_FUNCTION),
 )
@@ -238,6 +239,7 @@ def right(tmp_path_factory, digit_features):
         ),
         import_reference_pairs=dict(src=folder / "released", folder=folder / "imported"),
         compare=dict(generated=images, reference=images, network=digit_features),
+        train=dict(model=torch.nn.Linear(2, 1), loss_fn=lambda net, *_: net(torch.ones(2, 2)).mean(), cfg=train_cfg),
         distill=dict(
             model=student, pairs=get_nb.PairDataset(folder / "pairs"), cfg=get_nb.DistillConfig(), train_cfg=train_cfg
         ),
@@ -247,7 +249,7 @@ def right(tmp_path_factory, digit_features):
 
 @pytest.mark.parametrize("name", ROLES)
 def test_one_wrong_argument_among_right_ones_is_refused_in_one_line_of_ours(name, right, tmp_path, monkeypatch):
-    "A file may be refused by an OSError that names it."
+    "A file may be refused by an OSError that names it, a path that is no path by Python's own TypeError."
     monkeypatch.chdir(tmp_path)
     f, fresh = getattr(get_nb, name), itertools.count()
     for argument, values in ROLES[name].items():
@@ -255,12 +257,13 @@ def test_one_wrong_argument_among_right_ones_is_refused_in_one_line_of_ours(name
             given = right[name] | {argument: value}
             if "folder" in given:
                 given["folder"] = tmp_path / str(next(fresh))
-            with pytest.raises((ConfigError, FileError, OSError)) as e:
+            with pytest.raises((ConfigError, FileError, OSError, TypeError)) as e:
                 f(**given)
                 pytest.fail(f"{argument} = {kind} was accepted")
             assert "\n" not in str(e.value) and len(str(e.value)) < 1200, (argument, kind)
             ours = isinstance(e.value, ConfigError | FileError)
-            assert ours or e.value.filename, (argument, kind)
+            no_path = isinstance(e.value, TypeError) and "os.PathLike" in str(e.value)
+            assert ours or no_path or getattr(e.value, "filename", None), (argument, kind)
     given = right[name]
     if "folder" in given:
         given = given | dict(folder=tmp_path / "right")
