@@ -16,7 +16,8 @@ from contextlib import contextmanager
 
 import torch
 
-from .core import autocast, is_main, progress, require_callable, require_config, require_model, seed_everything
+from .core import autocast, is_main, progress, seed_everything
+from .core import require_callable, require_config, require_model
 from .schedule import TrainConfig, ema_decay, ema_update, learning_rate, shares
 from .state import Method, Run, TrainingError, last_good, load_state, save_state, start_run
 
