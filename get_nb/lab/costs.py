@@ -122,7 +122,7 @@ def _training(kind: str, cost: dict, steps: int, batch: int) -> dict:
 def _sampling(kind: str, n: int, flop: float) -> dict:
     return dict(kind=kind, evaluations=n, pflop=n * flop / 1e15)
 
-# %% ../../nbs/lab/41_costs.ipynb #a5300b17
+# %% ../../nbs/lab/41_costs.ipynb #0f4451b4
 def _teacher_stage(stage, stages, data):
     p = stage.params
     return _training("train unet", teacher_cost(p["teacher"], data), p["steps"], p["batch_size"])
@@ -144,9 +144,9 @@ def _student_stage(stage, stages, data):
 
 
 def _search_stage(stage, stages, data):
-    "Every rate for a share of the steps, and two of them for all; rates that may be added at an end are not counted."
+    "Every rate for a share of the steps, and three for all; rates that may be added at an end are not counted."
     p = stage.params
-    steps = round(p["steps"] * (p["share"] * len(p["lrs"]) + 2))
+    steps = round(p["steps"] * (p["share"] * len(p["lrs"]) + 3))
     return _training("train transformer", _cost_of_student(p, data), steps, p["batch_size"])
 
 
