@@ -13,7 +13,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from .gradients import supervised
 from .jacobian import jacobian_penalty, residual_penalty
-from .lab.core import Fraction, Ints, config, nearest, require, require_config, require_model, rng, send
+from .lab.core import Fraction, Ints, config, nearest, require, rng, send
+from .lab.core import require_callable, require_config, require_model
 from .lab.schedule import TrainConfig, batch_indices
 from .lab.train import train
 from .losses import get_loss
@@ -170,8 +171,13 @@ def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, dist
     return distill_loss(formulation or model, noise, labels, image, cfg, n_iter, distance)
 
 # %% ../nbs/31_distillation.ipynb #35e63d11
-def _check_classes(model, pairs):
-    "Refuse a conditional student of pairs whose labels it cannot know."
+def _check_distillation(model, pairs, cfg, train_cfg, functions):
+    "Refuse what cannot be distilled, or not so: a conditional student of pairs whose labels it cannot know, too."
+    require_model("model", model, named=True)
+    require(hasattr(pairs, "batch"), f"pairs: a PairDataset is needed, not a {type(pairs).__name__}")
+    require_config(cfg, DistillConfig)
+    require_config(train_cfg, TrainConfig)
+    require_callable(**{name: f for name, f in functions.items() if f is not None})
     classes, known = model.config["num_classes"], getattr(pairs, "num_classes", None)
     fits = not classes or known is None or 0 < known <= classes
     require(fits, f"the student has {classes} classes, the pairs {known}: labels would be missing or out of range")
@@ -214,10 +220,8 @@ def distill(
         n = iterations_at(cfg, step, train_cfg.steps, train_cfg.seed)
         return pairs_loss(model, pairs, index, cfg, n, distance, formulation)
 
-    require_model("model", model)
-    require_config(cfg, DistillConfig)
-    require_config(train_cfg, TrainConfig)
-    _check_classes(model, pairs)
+    functions = dict(probe=probe, distance=distance, formulation=formulation)
+    _check_distillation(model, pairs, cfg, train_cfg, functions)
     if hasattr(formulation, "settle"):
         formulation.settle(train_cfg.batch_size, state_dir)
     digests = [s["sha256"] for s in pairs.manifest["shards"]]

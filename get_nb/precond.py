@@ -29,6 +29,8 @@ def check_sigma(sigma, x):
     """
     images = isinstance(x, torch.Tensor) and x.ndim == 4 and x.is_floating_point()
     require(images, "a denoiser takes floating-point images (B, C, H, W)")
+    number = isinstance(sigma, torch.Tensor | Real)
+    require(number, f"sigma must be a number or a tensor ({len(x)},), not a {type(sigma).__name__}")
     levels = torch.as_tensor(sigma)
     require(levels.numel() in (1, len(x)), f"sigma must be a number, or ({len(x)},), not {tuple(levels.shape)}")
     if readable(levels):

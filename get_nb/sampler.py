@@ -7,6 +7,7 @@ __all__ = ['SAMPLERS', 'edm_sigmas', 'euler_sample', 'Churn', 'heun_sample', 'nu
 
 # %% ../nbs/12_sampler.ipynb #dbda4481
 import math
+from numbers import Real
 
 import torch
 from pydantic import NonNegativeFloat
@@ -28,8 +29,9 @@ def _require_usable(denoiser, noise):
 def _slope(denoiser, x, sigma, labels):
     "dx/dsigma of the probability-flow ODE (EDM, eqs. 1 and 3, sigma(t) = t), float64."
     D_x = denoiser(x.float(), sigma.float(), labels)
-    shapes = f"the shape that it is given, {tuple(x.shape)}, not {tuple(D_x.shape)}"
-    require(D_x.shape == x.shape, f"the denoiser must return images of {shapes}")
+    made = getattr(D_x, "shape", type(D_x).__name__)
+    shapes = f"the shape that it is given, {tuple(x.shape)}, not {made}"
+    require(made == x.shape, f"the denoiser must return images of {shapes}")
     return (x - D_x.double()) / sigma
 
 # %% ../nbs/12_sampler.ipynb #e1e90865
@@ -50,6 +52,8 @@ def edm_sigmas(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
         ConfigError: num_steps is not a whole number above 0, or not 0 < sigma_min < sigma_max, or rho not above 0
     """
     require_whole("num_steps", num_steps)
+    numbers = all(isinstance(v, Real) for v in (sigma_min, sigma_max, rho))
+    require(numbers, f"sigma_min, sigma_max and rho must be numbers, not {sigma_min!r}, {sigma_max!r} and {rho!r}")
     ordered = 0 < sigma_min < sigma_max < math.inf
     require(ordered, f"need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
     require(0 < rho < math.inf, f"rho = {rho}: a number above 0")

@@ -189,7 +189,8 @@ def _doctor(root):
 
 # %% ../../nbs/lab/48_cli.ipynb #cb9cd9cf
 _TASKS = click.Choice(["sampling", "training", "solvers", "teacher", "pairs"])
-_COUNT = click.IntRange(1)
+_COUNT = click.IntRange(1, 10**8)
+_THREADS = click.IntRange(0, 4096)
 
 
 @cli.command("bench")
@@ -200,7 +201,7 @@ _COUNT = click.IntRange(1)
 @click.option("--task", "tasks", multiple=True, type=_TASKS, help="Only this; repeat for several. By default all.")
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="A row by torch.compile.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="CPU threads; 0: torch's choice.")
+@click.option("--threads", default=0, show_default=True, type=_THREADS, help="CPU threads; 0: torch's choice.")
 @click.option("--out", default="runs/bench", show_default=True, type=click.Path(file_okay=False), help="Folder.")
 def _bench(out, device, threads, tasks, **fields):
     "The released formulation against ours: one table of speed and memory."

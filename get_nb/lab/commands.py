@@ -43,7 +43,8 @@ class Commands(click.Group):
         return super().resolve_command(ctx, args)
 
 # %% ../../nbs/lab/47_commands.ipynb #96126323
-_COUNT = click.IntRange(1)
+_COUNT = click.IntRange(1, 10**8)
+_SEED = click.IntRange(0, 2**62)  # seeds are stored as int64
 _STEPS = click.option("--steps", type=_COUNT, help="Heun steps of a teacher; by default 18.")
 _PRECISION = click.option(
     "--precision", default="float32", show_default=True, type=click.Choice(["float32", "bf16"]), help="Of the network."
@@ -55,7 +56,7 @@ _LABEL_HELP = "Class; repeat for several, they are cycled. By default drawn from
 @click.command("sample")
 @click.argument("weights", type=click.Path())
 @click.option("--n", default=16, show_default=True, type=_COUNT, help="Number of images.")
-@click.option("--seed", default=EVAL_SEED, show_default=True, type=click.IntRange(0), help=_SEED_HELP)
+@click.option("--seed", default=EVAL_SEED, show_default=True, type=_SEED, help=_SEED_HELP)
 @click.option("--label", "labels", type=int, multiple=True, help=_LABEL_HELP)
 @click.option("--iterations", type=_COUNT, help="Iterations of a GET; by default its preset.")
 @_STEPS
@@ -83,7 +84,7 @@ _CLASSIFIER_HELP = "Checkpoint of a classifier of the chain as feature network; 
 @click.option("--data", help="Data set to compare with; by default the one of this image size: digits or cifar10.")
 @click.option("--train-stats", type=click.Path(), help="Statistics of the training split: .npz with mu and sigma.")
 @click.option("--test-stats", type=click.Path(), help="Statistics of the test split, likewise.")
-@click.option("--samples", "--n", type=click.IntRange(10), help=_SAMPLES_HELP)
+@click.option("--samples", "--n", type=click.IntRange(10, 10**8), help=_SAMPLES_HELP)
 @click.option("--unconditional", is_flag=True, help="Give no labels to a conditional teacher.")
 @_STEPS
 @click.option("--batch", "batch_size", default=500, show_default=True, type=_COUNT, help="Images per forward pass.")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import nearest, require
+from .core import nearest, require, require_whole
 from .folders import load_files, split_size
 from .images import ImageSet
 from .shapes import make_shapes
@@ -88,6 +88,7 @@ def load_split(name: str, split: str, split_seed: int, n: int = 2000) -> ImageSe
     require(kind == "shapes" or not size, f"data set {name!r}: {kind} have one size; write {kind!r}")
     if kind == "digits":
         return load_digits(split, split_seed)
+    require_whole("n", n)
     return make_shapes(n, size or 16, seed=2 * split_seed + (split == "test"))
 
 # %% ../../nbs/lab/08_data.ipynb #5b1361e8

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from .core import autocast, is_main, progress, seed_everything
+from .core import require_callable, require_config, require_model
 from .schedule import TrainConfig, ema_decay, ema_update, learning_rate, shares
 from .state import Method, Run, TrainingError, last_good, load_state, save_state, start_run
 
@@ -351,6 +352,9 @@ def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = Non
     Raises:
         TrainingError, FileError, ConfigError, Stopped: as train_method
     """
+    require_model("model", model)
+    require_callable(loss_fn=loss_fn)
+    require_config(cfg, TrainConfig)
     run = train_method(Supervised(model, loss_fn, cfg), cfg, state_dir, identity, desc, watch)
     history = dict(loss=[]) | run.curve
     history |= dict(seconds=run.seconds, resumed_at=run.resumed, skipped=run.skipped, averages=run.emas)
