@@ -250,7 +250,7 @@ def measure(model, cfg: EvalConfig, train, test, network, *, how, only_fd=False,
     result |= cost(model, cfg.conditional, **how) | dict(ms_per_image=statistics.median(ms))
     return result, images, labels
 
-# %% ../nbs/32_evaluation.ipynb #63c2abbe
+# %% ../nbs/32_evaluation.ipynb #8c37d1ea
 def family(model) -> str:
     """What a model is in tables and figures.
 
@@ -258,7 +258,7 @@ def family(model) -> str:
         model: any generator
 
     Returns:
-        what its checkpoint says (kd, pd, gdd, hybrid), else its architecture: teacher, get or vit
+        what its checkpoint says (kd, pd, cd, gdd, hybrid, meanflow), else its architecture: teacher, get or vit
     """
     said = getattr(model, "meta", {}).get("family")
     if said:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ddim_step', 'ddim_sample', 'two_step_target', 'snr_weight', 'progressive_loss', 'ProgressiveConfig', 'step_counts',
-           'distill_progressively']
+           'draw_examples', 'distill_progressively']
 
 # %% ../nbs/41_progressive.ipynb #0f90d0fa
 import copy
@@ -152,9 +152,20 @@ def step_counts(cfg: ProgressiveConfig) -> list:
     require(counts[-1] == cfg.end and len(counts) > 1, message)
     return counts[1:]
 
-# %% ../nbs/41_progressive.ipynb #4f59b2f4
-def _examples(data: ImageSet, n: int, step: int, train_cfg: TrainConfig, conditional: bool):
-    "Images, labels or None, noise and places of a step of n-step distillation: a function of (seed, step) alone."
+# %% ../nbs/41_progressive.ipynb #a0d0148e
+def draw_examples(data: ImageSet, n: int, step: int, train_cfg: TrainConfig, conditional: bool):
+    """The images, noise and places of one training step: a function of (seed, step) alone.
+
+    Args:
+        data: real images
+        n: number of places
+        step: from 0
+        train_cfg: batch_size and seed are used
+        conditional: False: no labels
+
+    Returns:
+        images (B, C, H, W), labels int64 (B,) or None, noise like the images, places int64 (B,) in 0 .. n - 1
+    """
     image, labels = data.batch(batch_indices(len(data), train_cfg.batch_size, step, train_cfg.seed))
     g = torch_rng("progressive", train_cfg.seed, n, step)
     noise = torch.randn(image.shape, generator=g)
@@ -166,7 +177,7 @@ def _halve(teacher, sigmas, data, n: int, weight: str, train_cfg: TrainConfig, c
     student = copy.deepcopy(teacher).requires_grad_(True)
 
     def loss_fn(model, step, share):
-        batch = _examples(data, n, step, train_cfg, conditional)
+        batch = draw_examples(data, n, step, train_cfg, conditional)
         image, labels, noise, place = (None if v is None else send(v[share], sigmas.device) for v in batch)
         return progressive_loss(model, teacher, image, labels, noise, place, sigmas, weight)
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['load_checkpoint', 'load_weights', 'create_model', 'create_teacher']
 
-# %% ../../nbs/lab/23_checkpoints.ipynb #58918291
+# %% ../../nbs/lab/23_checkpoints.ipynb #caf50e61
 from ..kd import create_one_step
+from ..meanflow import create_meanflow
 from .classifier import create_classifier
 from .core import ConfigError, FileError, UnsafeFileError, nearest
 from .diffusers import create_diffusers_teacher
@@ -14,13 +15,14 @@ from .files import fit_weights, read_checkpoint
 from ..presets import build_model
 from ..teachers import build_teacher
 
-# %% ../../nbs/lab/23_checkpoints.ipynb #7d0b1973
+# %% ../../nbs/lab/23_checkpoints.ipynb #ccce6b36
 _BUILDERS = {
     "model": build_model,
     "teacher": build_teacher,
     "diffusers": create_diffusers_teacher,
     "classifier": create_classifier,
     "one-step": create_one_step,
+    "meanflow": create_meanflow,
 }
 
 

@@ -130,14 +130,19 @@ def teacher_cost(teacher: str, data: str) -> dict:
         once = flops(lambda: net(x, torch.ones(2, device="meta"))) / 2
     return dict(parameters=count_parameters(net), flop=once, train_gflop=flops(lambda: loss().backward()) / 2e9)
 
-# %% ../../nbs/lab/41_costs.ipynb #7afb9ae2
+# %% ../../nbs/lab/41_costs.ipynb #340af7b8
 BUDGETED = dict(  # notebooks whose stages are given FLOPs to spend -> kind of work
-    kd="train unet", progressive="train unet", gdd="train unet", hybrid="train transformer"
+    kd="train unet",
+    progressive="train unet",
+    consistency="train unet",
+    meanflow="train unet",
+    gdd="train unet",
+    hybrid="train transformer",
 )
 
 
 def teacher_of(stage) -> str:
-    """The network of a teacher stage: trained by name, or imported from a file of a released name.
+    """The network of a teacher stage: trained by name, or imported from a file of a released name; MeanFlow's own.
 
     Args:
         stage: Stage of a profile
@@ -146,7 +151,7 @@ def teacher_of(stage) -> str:
         key of TEACHERS, or ""
     """
     p = stage.params
-    return p.get("teacher") or next((t for t in TEACHERS if t in Path(p.get("file", "")).name), "")
+    return p.get("teacher") or p.get("network") or next((t for t in TEACHERS if t in Path(p.get("file", "")).name), "")
 
 
 def _training(kind: str, cost: dict, steps: int, batch: int, memory_gb: float) -> dict:
@@ -214,11 +219,14 @@ def _pairs_stage(stage, stages, data):
     disk = p["n"] * (8 * channels * size**2 + 16) / 1e9  # noise and image in float32, seed and label
     return dict(_sampling("sample unet", n, teacher_cost(teacher, data)["flop"]), disk_gb=disk)
 
-# %% ../../nbs/lab/41_costs.ipynb #416f994d
+# %% ../../nbs/lab/41_costs.ipynb #0e670494
 def _generator_of(stage, stages: dict):
     "Whose network it is: a hybrid has that of its student, the other one-step methods that of their teacher."
     while stage.notebook.stem in BUDGETED:
-        stage = stages[stage.inputs.get("student") or stage.inputs["teacher"]]
+        source = stage.inputs.get("student") or stage.inputs.get("teacher")
+        if not source:
+            return stage  # MeanFlow has no teacher
+        stage = stages[source]
     return stage
 
 
@@ -230,7 +238,7 @@ def _evaluate_stage(stage, stages, data):
     if not teacher_of(network):
         return {}
     evaluations = 1  # of a one-step generator
-    if network is model:
+    if network is model and network.notebook.stem not in BUDGETED:
         evaluations = sum(num_evaluations(k, p["sampler"]) for k in [p["num_steps"], *p["sweep"]])
     return _sampling("sample unet", p["samples"] * evaluations, teacher_cost(teacher_of(network), data)["flop"])
 

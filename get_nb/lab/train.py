@@ -104,13 +104,13 @@ def whole_batch(run: Run, pieces: dict, dim: int = 0):
         whole.narrow(dim, start, piece.shape[dim]).copy_(piece)
     return run.processes.sum(whole)
 
-# %% ../../nbs/lab/12_train.ipynb #e4c6f0cd
+# %% ../../nbs/lab/12_train.ipynb #f9c09d45
 class Supervised(Method):
     """One network, one loss, one optimizer.
 
     Args:
         model: nn.Module; trained in place
-        loss_fn: (model, step, share) -> scalar, mean over the share's images
+        loss_fn: (model, step, share) -> scalar, mean over the share's images; or {name: scalar}, the loss first
         cfg: of the optimizer
     """
 
@@ -130,8 +130,13 @@ class Supervised(Method):
         Returns:
             {"loss": mean over the batch}
         """
-        lr = learning_rate(run.step, run.cfg)
-        return descend(run, self.optimizer, lr, lambda share: dict(loss=self.loss_fn(self.model, run.step, share)))
+
+
+        def terms(share):
+            found = self.loss_fn(self.model, run.step, share)
+            return found if isinstance(found, dict) else dict(loss=found)
+
+        return descend(run, self.optimizer, learning_rate(run.step, run.cfg), terms)
 
 # %% ../../nbs/lab/12_train.ipynb #8ca3b26d
 @contextmanager
@@ -339,7 +344,8 @@ def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = Non
 
     Args:
         model: nn.Module; trained in place
-        loss_fn: (model, step, share) -> scalar, mean over the share's images; what it draws depends on the step alone
+        loss_fn: (model, step, share) -> scalar, mean over the share's images, or {name: scalar}, of which the first is
+            descended and each has a curve; what it draws depends on the step alone
         cfg: how
         state_dir: folder of the checkpoints; None: keep none
         identity: what else makes the run what it is
