@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cli', 'main']
 
-# %% ../../nbs/lab/48_cli.ipynb #3980f94f
+# %% ../../nbs/lab/48_cli.ipynb #e22427a5
 import os
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from .pipeline import StageError, run_profile
 from .profiles import load_profile, select_stages
 from .publishing import compare_tables, publish_profile, publish_redrawn, redraw
 from .stages import read_manifest, read_stamp, why_run
-from .surroundings import Terminated, catch_termination, find_home, soften_streams
+from .surroundings import Terminated, catch_termination, find_home, release_termination, soften_streams
 
 # %% ../../nbs/lab/48_cli.ipynb #5c631f78
 @click.group(cls=Commands, context_settings=dict(help_option_names=["-h", "--help"]))
@@ -35,7 +35,7 @@ def _fail(code: int, message):
     click.echo(f"get-nb: {' '.join(str(message).split())}", err=True)
     sys.exit(code)
 
-# %% ../../nbs/lab/48_cli.ipynb #3135acf6
+# %% ../../nbs/lab/48_cli.ipynb #10baef96
 def main(args=None):
     """Entry point of `get-nb`; leaves the process with exit code 0, 1, 2, 130 when interrupted, 143 when terminated.
 
@@ -43,7 +43,7 @@ def main(args=None):
         args: words of the command line; None: those that the process was started with
     """
     soften_streams()
-    catch_termination()
+    before, root = catch_termination(), os.environ.get("GET_NB_ROOT")
     moved = find_home()
     if moved:
         click.echo(f"get-nb: {moved}", err=True)
@@ -64,6 +64,10 @@ def main(args=None):
         _fail(1, e)
     except OSError as e:
         _fail(2, f"{e.filename or ''}: {e.strerror or e}")
+    finally:  # who calls this from Python gets the process back as it was
+        release_termination(before)
+        os.environ.pop("GET_NB_ROOT", None)
+        os.environ.update({} if root is None else dict(GET_NB_ROOT=root))
 
 # %% ../../nbs/lab/48_cli.ipynb #dcc6c099
 _KEEP_HELP = (

@@ -128,11 +128,7 @@ def teacher_cost(teacher: str, data: str) -> dict:
 
     with torch.no_grad():
         once = flops(lambda: net(x, torch.ones(2, device="meta"))) / 2
-    return dict(
-        parameters=count_parameters(net),
-        flop=once,
-        train_gflop=flops(lambda: loss().backward()) / 2e9,
-    )
+    return dict(parameters=count_parameters(net), flop=once, train_gflop=flops(lambda: loss().backward()) / 2e9)
 
 # %% ../../nbs/lab/41_costs.ipynb #340af7b8
 BUDGETED = dict(  # notebooks whose stages are given FLOPs to spend -> kind of work
@@ -172,7 +168,7 @@ def _training(kind: str, cost: dict, steps: int, batch: int, memory_gb: float) -
 def _sampling(kind: str, n: int, flop: float) -> dict:
     return dict(kind=kind, evaluations=n, pflop=n * flop / 1e15)
 
-# %% ../../nbs/lab/41_costs.ipynb #42482f35
+# %% ../../nbs/lab/41_costs.ipynb #d90986be
 def _at_once(params: dict) -> int:
     "Images of one forward pass."
     return -(-params["batch_size"] // params.get("accumulate", 1))
@@ -207,9 +203,9 @@ def _student_stage(stage, stages, data):
 
 
 def _search_stage(stage, stages, data):
-    "Every rate for a share of the steps, and two of them for all; rates that may be added at an end are not counted."
+    "Every rate for a share of the steps, and three for all; rates that may be added at an end are not counted."
     p = stage.params
-    steps = round(p["steps"] * (p["share"] * len(p["lrs"]) + 2))
+    steps = round(p["steps"] * (p["share"] * len(p["lrs"]) + 3))
     cost, memory = _cost_of_student(p, data), _memory_of_student(p, data)
     return _training("train transformer", cost, steps, p["batch_size"], memory)
 

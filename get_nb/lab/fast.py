@@ -202,7 +202,10 @@ def require_options(model, **values):
                 "leave it out"
             )
 
-# %% ../../nbs/lab/30_fast.ipynb #fcb62d69
+# %% ../../nbs/lab/30_fast.ipynb #1a3e6702
+_PLAIN = Kernels()
+
+
 class _Prepared:
     "A GET or ViT with its functions chosen and its weights cast; everything else is the model's own."
 
@@ -253,6 +256,8 @@ class _Prepared:
 
     def _way(self, noise, use: str) -> tuple:
         "Precision (None: the reference) and kernels of this use, training or sampling."
+        if torch.compiler.is_compiling():  # which chooses for itself
+            return DTYPES[self.precisions[0]], _PLAIN
         plan = self.plan or self.settle(len(noise))
         way = getattr(plan, use)
         return (None, None) if way == "reference" else (DTYPES[way], getattr(plan, way))
