@@ -170,7 +170,7 @@ def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, dist
     labels = send(batch["label"], device) if model.config["num_classes"] else None
     return distill_loss(formulation or model, noise, labels, image, cfg, n_iter, distance)
 
-# %% ../nbs/31_distillation.ipynb #35e63d11
+# %% ../nbs/31_distillation.ipynb #d9551de2
 def _check_distillation(model, pairs, cfg, train_cfg, functions):
     "Refuse what cannot be distilled, or not so: a conditional student of pairs whose labels it cannot know, too."
     require_model("model", model, named=True)
@@ -204,7 +204,7 @@ def distill(
         probe: (model, step), called before each step, for measuring; it must change nothing
         distance: (image, target) -> scalar; None: the pixel distance that cfg.loss names
         formulation: what computes in the model's place, over its parameters; None: the model itself. What it chooses by
-            measuring is kept beside the checkpoints, and holds when the training is resumed
+            measuring is kept in the checkpoints, and holds when the training is resumed
 
     Returns:
         averaged model (eval mode), history as `train` returns it
@@ -222,8 +222,7 @@ def distill(
 
     functions = dict(probe=probe, distance=distance, formulation=formulation)
     _check_distillation(model, pairs, cfg, train_cfg, functions)
-    if hasattr(formulation, "settle"):
-        formulation.settle(train_cfg.batch_size, state_dir)
     digests = [s["sha256"] for s in pairs.manifest["shards"]]
     identity = dict(distill=asdict(cfg), model=model.config, pairs=digests)
-    return train(model, loss_fn, train_cfg, state_dir, identity, model.config["name"])
+    chooses = formulation if hasattr(formulation, "restore") else None
+    return train(model, loss_fn, train_cfg, state_dir, identity, model.config["name"], formulation=chooses)

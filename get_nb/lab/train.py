@@ -131,7 +131,6 @@ class Supervised(Method):
             {"loss": mean over the batch}
         """
 
-
         def terms(share):
             found = self.loss_fn(self.model, run.step, share)
             return found if isinstance(found, dict) else dict(loss=found)
@@ -298,9 +297,16 @@ def _loop(run: Run, watch, watch_every: int, asked: list):
                     f"{last_good(run.folder)}. Rerun to resume"
                 )
 
-# %% ../../nbs/lab/12_train.ipynb #ee936b46
+# %% ../../nbs/lab/12_train.ipynb #4a370104
 def train_method(
-    method: Method, cfg: TrainConfig, state_dir=None, identity=None, desc="train", watch=None, watch_every=0
+    method: Method,
+    cfg: TrainConfig,
+    state_dir=None,
+    identity=None,
+    desc="train",
+    watch=None,
+    watch_every=0,
+    formulation=None,
 ) -> Run:
     """Train for cfg.steps steps, resuming from `state_dir` if there is a checkpoint in it.
 
@@ -312,6 +318,7 @@ def train_method(
         desc: name of the run, beside the progress and in messages
         watch: (run) -> {name: number} or None, called in the main process; it must not change the run
         watch_every: steps between calls of watch; 0: at each point of the curve
+        formulation: what computes the loss and chooses how, as `Fast` does: a resumed run computes as it began
 
     Returns:
         the finished Run: its `ema`, its `curve`
@@ -323,7 +330,11 @@ def train_method(
         Stopped: SIGTERM came, and a checkpoint was written
     """
     run = start_run(method, cfg, state_dir, identity, desc)
-    if load_state(run):
+    run.formulation = formulation
+    resumed = load_state(run)
+    if formulation is not None:
+        formulation.settle(cfg.batch_size)
+    if resumed:
         run.resumed.append(run.step)
     elif cfg.on_bad == "skip":
         save_state(run)
@@ -338,8 +349,17 @@ def train_method(
         raise TrainingError(f"{desc}: {reason} ({first_line}); {last_good(run.folder)}. Rerun to resume") from e
     return run
 
-# %% ../../nbs/lab/12_train.ipynb #fc9c14ad
-def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = None, desc: str = "train", watch=None):
+# %% ../../nbs/lab/12_train.ipynb #eb93de7c
+def train(
+    model,
+    loss_fn,
+    cfg: TrainConfig,
+    state_dir=None,
+    identity: dict = None,
+    desc: str = "train",
+    watch=None,
+    formulation=None,
+):
     """Train one network on one loss; the other arguments are those of `train_method`.
 
     Args:
@@ -351,6 +371,7 @@ def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = Non
         identity: what else makes the run what it is
         desc: name of the run
         watch: (run) -> {name: number} or None, called at each point of the curve
+        formulation: what computes the loss, as in `train_method`
 
     Returns:
         ema model (eval mode), history {step, loss, watch, seconds, resumed_at, skipped, averages}
@@ -361,7 +382,8 @@ def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = Non
     require_model("model", model)
     require_callable(loss_fn=loss_fn)
     require_config(cfg, TrainConfig)
-    run = train_method(Supervised(model, loss_fn, cfg), cfg, state_dir, identity, desc, watch)
+    how = dict(desc=desc, watch=watch, formulation=formulation)
+    run = train_method(Supervised(model, loss_fn, cfg), cfg, state_dir, identity, **how)
     history = dict(loss=[]) | run.curve
     history |= dict(seconds=run.seconds, resumed_at=run.resumed, skipped=run.skipped, averages=run.emas)
     return run.ema, history
