@@ -30,7 +30,8 @@ from get_nb.lab.generation import generate_pairs
 from get_nb.lab.store import PairDataset
 from get_nb.pairs import PairsConfig
 from get_nb.progressive import ProgressiveConfig, distill_progressively
-from get_nb.sampler import edm_sigmas
+from get_nb.precond import IdealDenoiser
+from get_nb.sampler import edm_sigmas, heun_step
 from get_nb.lab.profiles import load_profile
 from get_nb.lab.schedule import TrainConfig
 from get_nb.lab.state import checkpoints
@@ -246,7 +247,8 @@ def test_one_level_is_no_consistency_distillation():
         distill_consistency(teacher(), DIGITS, ConsistencyConfig(num_steps=1), SHORT)
 
 
-def test_progressive_distillation_without_classes_never_shows_a_label():
+def seen_labels(steps, conditional=False, **options):
+    "The labels of every call of teacher and student in progressive distillation."
     seen = []
 
     class Spy(torch.nn.Module):
@@ -261,11 +263,31 @@ def test_progressive_distillation_without_classes_never_shows_a_label():
         def __deepcopy__(self, memo):
             return Spy()
 
-    for _ in distill_progressively(
-        Spy(), DIGITS, ProgressiveConfig(start=2), TrainConfig(steps=2, batch_size=4), conditional=False
-    ):
+    cfg = ProgressiveConfig(**options)
+    for _ in distill_progressively(Spy(), DIGITS, cfg, TrainConfig(steps=steps, batch_size=4), conditional=conditional):
         pass
+    return seen
+
+
+def test_progressive_distillation_without_classes_never_shows_a_label():
+    seen = seen_labels(2, start=2)
     assert len(seen) == 6 and all(y is None for y in seen)
+
+
+@pytest.mark.parametrize("solver, first", [("ddim", 2), ("heun", 4)])
+def test_only_the_first_halving_asks_its_teacher_for_heun_s_steps(solver, first):
+    assert len(seen_labels(1, start=8, solver=solver)) == (first + 1) + 2 * (2 + 1)
+
+
+def test_a_step_of_heun_s_that_ends_at_zero_is_euler_s_whatever_is_beside_it():
+    denoiser, g = IdealDenoiser(DIGITS.batch(range(20))[0]), torch.Generator().manual_seed(0)
+    s, s1 = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1, 1) for v in ([2.0, 0.01, 0.5], [1.0, 0.0, 0.0]))
+    x = s * torch.randn(3, 1, 8, 8, generator=g, dtype=torch.float64)
+    together = heun_step(denoiser, x, s, s1)
+    alone = torch.cat([heun_step(denoiser, x[i : i + 1], s[i : i + 1], s1[i : i + 1]) for i in range(3)])
+    assert torch.allclose(together, alone, atol=1e-6)
+    euler = x + (s1 - s) * (x - denoiser(x.float(), s.flatten().float())) / s
+    assert torch.allclose(together[1:], euler[1:], atol=1e-6) and (together[0] - euler[0]).abs().max() > 1e-3
 
 
 def test_a_gan_state_of_another_run_is_refused(tmp_path):
