@@ -42,7 +42,7 @@ class Commands(click.Group):
             raise click.UsageError(f"no such command {args[0]!r}{nearest(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
-# %% ../../nbs/lab/47_commands.ipynb #96126323
+# %% ../../nbs/lab/47_commands.ipynb #4e9f3d3c
 _COUNT = click.IntRange(1, 10**8)
 _SEED = click.IntRange(0, 2**62)  # seeds are stored as int64
 _STEPS = click.option("--steps", type=_COUNT, help="Heun steps of a teacher; by default 18.")
@@ -55,7 +55,7 @@ _LABEL_HELP = "Class; repeat for several, they are cycled. By default drawn from
 
 @click.command("sample")
 @click.argument("weights", type=click.Path())
-@click.option("--n", default=16, show_default=True, type=_COUNT, help="Number of images.")
+@click.option("-n", "--n", default=16, show_default=True, type=_COUNT, help="Number of images.")
 @click.option("--seed", default=EVAL_SEED, show_default=True, type=_SEED, help=_SEED_HELP)
 @click.option("--label", "labels", type=int, multiple=True, help=_LABEL_HELP)
 @click.option("--iterations", type=_COUNT, help="Iterations of a GET; by default its preset.")
@@ -63,7 +63,15 @@ _LABEL_HELP = "Class; repeat for several, they are cycled. By default drawn from
 @_PRECISION
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(dir_okay=False), help=".png or .npz.")
 def _sample(weights, n, seed, labels, iterations, steps, precision, out):
-    "Generate images with a GET, a ViT or a teacher: own (.safetensors) or released weights (.pth, .pkl)."
+    """Generate images with a GET, a ViT or a teacher.
+
+    WEIGHTS: a shipped name, own weights (.safetensors) or released ones (.pth, .pkl).
+
+    \b
+    get-nb sample fashion-get -n 64 --out clothes.png
+    get-nb sample fashion-teacher --steps 18
+    get-nb sample runs/cpu/get/student.safetensors --label 3 --label 7
+    """
     require(Path(out).suffix in (".png", ".npz"), f"--out {out}: a .png or .npz file")
     from get_nb.lab.evaluate import sample_to_file
 
