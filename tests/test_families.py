@@ -408,17 +408,24 @@ def test_no_method_is_graded_by_the_network_it_was_trained_against():
 
 def test_the_families_that_are_compared_get_the_same_compute_and_three_rates_or_three_seeds():
     stages = load_profile(ROOT, "cpu-full")
-    for rates in (("kd_low", "kd_mid", "kd_high"), ("progressive_low", "progressive_mid", "progressive_high")):
-        assert len({stages[n].params["lr"] for n in rates}) == 3
-    for method in ("consistency", "meanflow"):
-        tried = [stages[f"{method}_{n}"].params for n in ("low", "mid", "high", "top")]
-        assert len({p["lr"] for p in tried}) == 4 and {p["tflop"] for p in tried} == {2.75}
-        assert {stages[f"{method}_{s}"].params["lr"] for s in (0, 1, 2)} <= {p["lr"] for p in tried}
-    short = ("half", "consistency_low", "consistency_mid", "consistency_high", "consistency_top")
-    short += ("meanflow_low", "meanflow_mid", "meanflow_high", "meanflow_top")
-    methods = ("kd", "progressive", "gdd", "consistency", "meanflow")
-    equal = [n for n in stages if n.split("_")[0] in methods and not n.endswith(short)]
-    assert len({stages[n].params["tflop"] for n in equal}) == 1 and len(equal) == 23
-    for method in ("consistency", "meanflow", "gdd_i", "hybrid"):
+    assert len({stages[n].params["lr"] for n in ("kd_low", "kd_mid", "kd_high")}) == 3
+    compared = [t for row in stages["table_6_families"].rows.values() for t in row.get("training", [])]
+    methods = ("kd", "progressive", "consistency", "meanflow", "gdd")
+    equal = [t for t in compared if stages[t].notebook.stem in methods]
+    assert {stages[t].params["tflop"] for t in equal} == {11.0} and len(equal) == 19
+    for method in ("progressive", "consistency", "meanflow", "gdd_i", "hybrid"):
         assert [stages[f"{method}_{s}"].params["seed"] for s in (0, 1, 2)] == [0, 1, 2]
     assert [stages[f"hybrid_{s}"].inputs["student"] for s in (0, 1, 2)] == ["get_0", "get_1", "get_2"]
+
+
+@pytest.mark.parametrize("method, budget", [("progressive", 2.75), ("consistency", 11.0), ("meanflow", 2.75)])
+def test_a_rate_that_is_used_lies_inside_the_four_that_were_tried(method, budget):
+    stages = load_profile(ROOT, "cpu-full")
+    rows = stages["table_6_rates"].rows
+    shown = {t for row in rows.values() for t in row["training"]}
+    used = {k: v for k, v in stages[f"{method}_0"].params.items() if k not in ("lr", "tflop", "seed", "samples", "out")}
+    alike = [stages[t].params for t in shown if used.items() <= stages[t].params.items()]
+    rates = sorted(p["lr"] for p in alike if p["tflop"] == budget)
+    assert len(set(rates)) == len(rates) == 4
+    chosen = {stages[f"{method}_{s}"].params["lr"] for s in (0, 1, 2)} | {stages[f"{method}_uncond"].params["lr"]}
+    assert len(chosen) == 1 and rates[0] < chosen.pop() < rates[-1]
