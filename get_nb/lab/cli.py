@@ -201,7 +201,26 @@ def _reproduce(profile, root, runs, only_draw, dry_run, cores, as_json, **which)
         click.echo(compare_tables(folder, root / "results" / Path(profile).stem, selected))
         click.echo(f"pages to read: {folder}/*/notebook.html")
 
-# %% ../../nbs/lab/48_cli.ipynb #3860fe9b
+# %% ../../nbs/lab/48_cli.ipynb #bd6b87dd
+@cli.command("new")
+@click.argument("name")
+@click.option("--data", required=True, help="folder:PATH: a folder with a sub-folder of pictures for each class.")
+@click.option("--size", default=0, type=click.IntRange(0), help="Pixels per side; by default what suits the pictures.")
+@click.option("--quick", is_flag=True, help="A few steps of everything: does it run?")
+@_options("root")
+def _new(name, data, size, quick, root):
+    """Look at your own pictures and write a profile for them, NAME.yaml, with reasons and a price.
+
+    \b
+    get-nb new birds --data folder:~/pictures/birds --size 28
+    get-nb reproduce --profile birds.yaml
+    """
+    root = find_root(root)
+    from get_nb.lab.own import write_profile
+
+    click.echo(write_profile(name, data, root, size, quick))
+
+
 @cli.command("stages")
 @_options("profile", "stage", "group", "root", "runs", "keep")
 @_JSON

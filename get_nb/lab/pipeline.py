@@ -283,7 +283,7 @@ class _Schedule:
         if self.running:
             self.say(name, f"failed ({outcome}); waiting for {', '.join(self.running)}")
 
-# %% ../../nbs/lab/39_pipeline.ipynb #b3da7053
+# %% ../../nbs/lab/39_pipeline.ipynb #c3707ff5
 def _progress_text(folder: Path, label: str) -> str:
     """What a running notebook last reported.
 
@@ -315,8 +315,9 @@ def _run_all(todo: _Schedule):
         while todo.running:
             texts = [_progress_text(todo.runs / name, todo.label(name)) for name in todo.running]
             bar.set_description_str(" | ".join(texts))
-            if bar.disable and time.monotonic() - told >= _LOG_EVERY:
-                print("\n".join(texts), flush=True)
+            reported = [text for text in texts if ": " in text]
+            if reported and bar.disable and time.monotonic() - told >= _LOG_EVERY:
+                print("\n".join(reported), flush=True)
                 told = time.monotonic()
             todo.wait(0.5)
             todo.start()
