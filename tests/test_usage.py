@@ -205,7 +205,7 @@ def test_a_stage_or_a_group(said, command):
 @pytest.mark.parametrize("stage", [None, "pairs"])
 def test_a_dry_run_says_what_fresh_would_run(monkeypatch, capsys, tmp_path, stage):
     monkeypatch.setattr(cli, "why_run", lambda *a: "")
-    cli._list_stages(ROOT, "smoke", stage, None, tmp_path, False, fresh=True)
+    cli._list_stages(cli._stage_states(ROOT, "smoke", stage, None, tmp_path, False, fresh=True))
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["pairs"].endswith("asked for") and ("asked for" in lines["teacher"]) == (stage is None)
 

@@ -463,9 +463,20 @@ class _FileBar(tqdm):
         path.with_suffix(".tmp").write_text(json.dumps(state), encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)
 
-# %% ../../nbs/lab/00_core.ipynb #d19a9b9e
+# %% ../../nbs/lab/00_core.ipynb #25a556f0
+class _LogBar(tqdm):
+    "A tqdm bar for a log: a new line, at most one a minute, instead of one that is written over."
+
+    def display(self, msg=None, pos=None):
+        if msg != "":  # which would clear a line
+            print(str(self), file=sys.stderr, flush=True)
+
+
+_LOG = dict(mininterval=60.0, delay=60.0, bar_format="{desc}: {n_fmt}/{total_fmt}, {remaining} left{postfix}")
+
+# %% ../../nbs/lab/00_core.ipynb #eb877460
 def progress(iterable=None, total: int | None = None, desc: str = "", initial: int = 0):
-    """Progress with speed and time left; $GET_NB_PROGRESS names a file to show it in, or is 'off'.
+    """Progress with speed and time left; $GET_NB_PROGRESS names a file to show it in, or is 'off'. A log gets lines.
 
     Args:
         iterable: what to go through, or None to call `.update` by hand
@@ -480,4 +491,6 @@ def progress(iterable=None, total: int | None = None, desc: str = "", initial: i
     kw = dict(total=total, desc=desc, initial=initial, mininterval=0.5)
     if where and where != "off" and is_main():
         return _FileBar(iterable, file=open(os.devnull, "w", encoding="utf-8"), **kw)
-    return tqdm(iterable, leave=False, disable=where == "off" or not is_main(), **kw)
+    screen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    bar, kw = (tqdm, kw) if screen else (_LogBar, kw | _LOG)
+    return bar(iterable, leave=False, disable=where == "off" or not is_main(), **kw)
