@@ -9,7 +9,7 @@ __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileErr
            'keep_memory', 'steady', 'setup', 'autocast', 'send', 'is_main', 'find_root', 'home_folder', 'in_clone',
            'progress']
 
-# %% ../../nbs/lab/00_core.ipynb #5541876b
+# %% ../../nbs/lab/00_core.ipynb #511b90ae
 import ctypes
 import difflib
 import functools
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from numbers import Integral
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, dataclass_transform
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
@@ -168,11 +168,12 @@ def nearest(word: str, options) -> str:
         return f"; did you mean {close[0]!r}?"
     return f"; choose from {', '.join(sorted(options)) or '(none)'}"
 
-# %% ../../nbs/lab/00_core.ipynb #d7d6ff41
+# %% ../../nbs/lab/00_core.ipynb #99e02d62
 Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability or share
 Ints = Annotated[tuple[int, ...], Field(strict=False)]  # a list from yaml or json becomes a tuple
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls):
     """Class decorator: a frozen, keyword-only dataclass with validated fields (strict types, no unknown key).
 
