@@ -81,7 +81,11 @@ def trees():
     }
 
 
-DIRECT = ("Spine", "Around it", "Report")  # their pages stand in the side bar itself; the other sections have a page that lists theirs
+DIRECT = (
+    "Spine",
+    "Around it",
+    "Report",
+)  # their pages stand in the side bar itself; the other sections have a page that lists theirs
 
 
 def section(title):
@@ -138,7 +142,10 @@ def link(match):
     path = (ROOT / here).parent / target.split("#")[0]
     if target.startswith(("http", "#")) or not path.exists():
         return match[0]
-    if path.suffix in (".ipynb", ".png", ".jpg", ".svg") or path.resolve() in (ROOT / "CONTRIBUTING.md", ROOT / "results/README.md"):
+    if path.suffix in (".ipynb", ".png", ".jpg", ".svg") or path.resolve() in (
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "results/README.md",
+    ):
         return match[0]
     return f"]({REPOSITORY}/blob/main/{path.resolve().relative_to(ROOT.resolve())})"
 

@@ -7,7 +7,9 @@ import posixpath
 import re
 
 BLOCK = re.compile(r'(<div class="highlight-i?python[^"]*[^>]*><div class="highlight"><pre>)(.*?)(</pre>)', re.S)
-WORD = re.compile(r'(<span class="o">\.</span>)?<span class="(n|nf|nc|fm|nb|ne)">(\w+)</span>(?=(<span class="o">=</span>)?)')
+WORD = re.compile(
+    r'(<span class="o">\.</span>)?<span class="(n|nf|nc|fm|nb|ne)">(\w+)</span>(?=(<span class="o">=</span>)?)'
+)
 
 
 def slug(title):

@@ -62,7 +62,9 @@ class Browser:
 
     def show(self, path, width, colour, height=1600):
         "Open a file in a view and wait until it is complete."
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.ask(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         self.ask("Emulation.setEmulatedMedia", features=[dict(name="prefers-color-scheme", value=colour)])
         address = Path(path).resolve().as_uri()
         self.ask("Page.navigate", url=address)

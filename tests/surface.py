@@ -26,16 +26,18 @@ z_star, stats = get_nb.equilibrium(f, z0, gradient="implicit", solver="anderson"
 states = [get_nb.unroll(f, z0, n_iter=6)[-1], get_nb.unroll_constant(f, z0, n_iter=6)[-1]]
 
 data = get_nb.load_data("digits", "train")
-get_nb.generate_pairs
-get_nb.save_pairs
-get_nb.import_reference_pairs
 pairs = get_nb.PairDataset("pairs")
 result = get_nb.distill(model, pairs, get_nb.DistillConfig(), get_nb.TrainConfig(steps=10))
-get_nb.train
-get_nb.evaluate
-get_nb.EvalConfig(samples=100)
-get_nb.compare
-get_nb.load_features
+config = get_nb.EvalConfig(samples=100)
+others = [
+    get_nb.generate_pairs,
+    get_nb.save_pairs,
+    get_nb.import_reference_pairs,
+    get_nb.train,
+    get_nb.evaluate,
+    get_nb.compare,
+    get_nb.load_features,
+]
 
 get_nb.save_checkpoint("model.safetensors", model)
 again = get_nb.load_checkpoint("model.safetensors")

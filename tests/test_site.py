@@ -29,7 +29,9 @@ def test_every_notebook_page_and_public_module_is_in_the_table_of_contents():
     assert len(listed) == len(set(listed))
     notebooks = [*ROOT.glob("nbs/**/*.ipynb"), *ROOT.glob("results/*/pages/*.ipynb")]
     wanted = {str(p.relative_to(ROOT).with_suffix("")) for p in notebooks if ".ipynb_checkpoints" not in p.parts}
-    assert wanted - {"nbs/index"} == {d for d in listed if not d.startswith(("docs/", "CONTRIBUTING", "results/README"))}
+    assert wanted - {"nbs/index"} == {
+        d for d in listed if not d.startswith(("docs/", "CONTRIBUTING", "results/README"))
+    }
     modules = json.dumps(sorted(d.removeprefix("docs/api/") for d in listed if d.startswith("docs/api/")))
     for path in ROOT.glob("get_nb/**/*.py"):
         if not path.name.startswith("_"):
@@ -41,7 +43,9 @@ def test_rooms_stand_in_reading_order():
     assert spine == sorted(spine) and len(spine) > 20
 
 
-@pytest.mark.parametrize("tex", [r"\big(x\big)", r"\Bigl[x\Bigr]", r"x_1,\dots,x_n", r"\tfrac87", r"\frac1{2}", r"\lVert x\rVert^2"])
+@pytest.mark.parametrize(
+    "tex", [r"\big(x\big)", r"\Bigl[x\Bigr]", r"x_1,\dots,x_n", r"\tfrac87", r"\frac1{2}", r"\lVert x\rVert^2"]
+)
 def test_a_formula_becomes_mathml(tex):
     pytest.importorskip("docutils.utils.math.latex2mathml")
     assert load("formulas").mathml(tex, False).startswith("<math")
@@ -49,7 +53,16 @@ def test_a_formula_becomes_mathml(tex):
 
 def test_names_in_code_are_linked_and_arguments_and_attributes_are_not():
     span = '<span class="{}">{}</span>'.format
-    code = span("n", "solve") + "(" + span("n", "tol") + span("o", "=") + span("n", "x") + span("o", ".") + span("n", "tol") + ")"
+    code = (
+        span("n", "solve")
+        + "("
+        + span("n", "tol")
+        + span("o", "=")
+        + span("n", "x")
+        + span("o", ".")
+        + span("n", "tol")
+        + ")"
+    )
     table = {"get_nb.solvers.solve": ("docs/api/get_nb.solvers", "a"), "get_nb.x.tol": ("docs/api/get_nb.x", "b")}
     names = {"solve": "get_nb.solvers.solve", "tol": "get_nb.x.tol"}
     page = load("names").linked(code, names, table, "nbs/lab/x")
@@ -110,10 +123,16 @@ def test_every_link_and_picture_leads_somewhere_and_nothing_is_fetched_from_else
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             anchors = pages[target].anchors if target in pages else None
-            if not target.is_file() or (parts.fragment and anchors is not None and unquote(parts.fragment) not in anchors):
+            if not target.is_file() or (
+                parts.fragment and anchors is not None and unquote(parts.fragment) not in anchors
+            ):
                 bad.append((path, address))
     assert not bad
-    styles = [p for p in site.rglob("*.css") if re.search(r"(@import|url\()\s*[\"']?(https?:)?//", p.read_text(encoding="utf-8"))]
+    styles = [
+        p
+        for p in site.rglob("*.css")
+        if re.search(r"(@import|url\()\s*[\"']?(https?:)?//", p.read_text(encoding="utf-8"))
+    ]
     assert not styles
 
 
@@ -137,7 +156,9 @@ def test_a_page_fits_its_window_in_a_browser(site, page, tmp_path):
             assert b.evaluate("document.documentElement.scrollWidth") <= width, (page, width)
             assert not b.evaluate("[...document.images].filter(i => i.complete && !i.naturalWidth).length")
             wide = "e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.table-wrapper, pre, .cell_output, .math, dt')"
-            cut = b.evaluate(f"[...document.querySelectorAll('article *')].filter({wide}).slice(0, 3).map(e => e.outerHTML.slice(0, 200))")
+            cut = b.evaluate(
+                f"[...document.querySelectorAll('article *')].filter({wide}).slice(0, 3).map(e => e.outerHTML.slice(0, 200))"
+            )
             assert not cut, (page, width)
             b.shot(tmp_path / f"{width}-{colour}.png")
             light = b.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
