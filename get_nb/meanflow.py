@@ -21,7 +21,7 @@ from .lab.train import train
 from .precond import PositionalEmbedding, class_vectors
 from .teachers import TEACHERS, build_teacher
 
-# %% ../nbs/43_meanflow.ipynb #19e8820d
+# %% ../nbs/43_meanflow.ipynb #3e0e51df
 def flow_target(u_of, z, t, r, v):
     """The average velocity, and what the identity says that it should be (MeanFlow, eqs. 9 and 10).
 
@@ -37,7 +37,8 @@ def flow_target(u_of, z, t, r, v):
     """
     along = (v, torch.ones_like(t), torch.zeros_like(r))
     with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # torch's own, at its first use
+        if not torch.compiler.is_compiling():  # a compiler cannot change what is warned of
+            warnings.filterwarnings("ignore", ".*torch.jit.script", FutureWarning)  # torch's own, at its first use
         u, du = torch.func.jvp(u_of, (z, t, r), along)
     return u, (v - (t - r).view(-1, 1, 1, 1) * du).detach()
 

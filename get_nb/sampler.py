@@ -88,15 +88,15 @@ def euler_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002,
         x = x + (t_next - t_cur) * _slope(denoiser, x, t_cur, labels)
     return x
 
-# %% ../nbs/12_sampler.ipynb #1471b3fe
+# %% ../nbs/12_sampler.ipynb #81a16491
 def heun_step(denoiser, x, t, t_next, labels=None):
-    """One step of Heun's method, with the correction (EDM, algorithm 1): two evaluations.
+    """One step of Heun's method, corrected unless it ends at 0 (EDM, algorithm 1): two evaluations.
 
     Args:
         denoiser: D(x; sigma, labels)
         x: image plus noise, float64 (B, C, H, W)
         t: noise level of x, float64 scalar or (B, 1, 1, 1), above 0
-        t_next: level to go to, likewise
+        t_next: level to go to, likewise, >= 0
         labels: int64 (B,) or None
 
     Returns:
@@ -104,8 +104,9 @@ def heun_step(denoiser, x, t, t_next, labels=None):
     """
     d_cur = _slope(denoiser, x, t, labels)
     x_next = x + (t_next - t) * d_cur
-    d_prime = _slope(denoiser, x_next, t_next, labels)
-    return x + (t_next - t) * (d_cur + d_prime) / 2
+    end = t_next == 0  # there the slope is 0 / 0: it is taken at t, and not used
+    d_prime = _slope(denoiser, x_next, torch.where(end, t, t_next), labels)
+    return torch.where(end, x_next, x + (t_next - t) * (d_cur + d_prime) / 2)
 
 # %% ../nbs/12_sampler.ipynb #4a22ff36
 @config

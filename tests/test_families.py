@@ -30,7 +30,8 @@ from get_nb.lab.generation import generate_pairs
 from get_nb.lab.store import PairDataset
 from get_nb.pairs import PairsConfig
 from get_nb.progressive import ProgressiveConfig, distill_progressively
-from get_nb.sampler import edm_sigmas
+from get_nb.precond import IdealDenoiser
+from get_nb.sampler import edm_sigmas, heun_step
 from get_nb.lab.profiles import load_profile
 from get_nb.lab.schedule import TrainConfig
 from get_nb.lab.state import checkpoints
@@ -246,7 +247,8 @@ def test_one_level_is_no_consistency_distillation():
         distill_consistency(teacher(), DIGITS, ConsistencyConfig(num_steps=1), SHORT)
 
 
-def test_progressive_distillation_without_classes_never_shows_a_label():
+def seen_labels(steps, conditional=False, **options):
+    "The labels of every call of teacher and student in progressive distillation."
     seen = []
 
     class Spy(torch.nn.Module):
@@ -261,11 +263,31 @@ def test_progressive_distillation_without_classes_never_shows_a_label():
         def __deepcopy__(self, memo):
             return Spy()
 
-    for _ in distill_progressively(
-        Spy(), DIGITS, ProgressiveConfig(start=2), TrainConfig(steps=2, batch_size=4), conditional=False
-    ):
+    cfg = ProgressiveConfig(**options)
+    for _ in distill_progressively(Spy(), DIGITS, cfg, TrainConfig(steps=steps, batch_size=4), conditional=conditional):
         pass
+    return seen
+
+
+def test_progressive_distillation_without_classes_never_shows_a_label():
+    seen = seen_labels(2, start=2)
     assert len(seen) == 6 and all(y is None for y in seen)
+
+
+@pytest.mark.parametrize("solver, first", [("ddim", 2), ("heun", 4)])
+def test_only_the_first_halving_asks_its_teacher_for_heun_s_steps(solver, first):
+    assert len(seen_labels(1, start=8, solver=solver)) == (first + 1) + 2 * (2 + 1)
+
+
+def test_a_step_of_heun_s_that_ends_at_zero_is_euler_s_whatever_is_beside_it():
+    denoiser, g = IdealDenoiser(DIGITS.batch(range(20))[0]), torch.Generator().manual_seed(0)
+    s, s1 = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1, 1) for v in ([2.0, 0.01, 0.5], [1.0, 0.0, 0.0]))
+    x = s * torch.randn(3, 1, 8, 8, generator=g, dtype=torch.float64)
+    together = heun_step(denoiser, x, s, s1)
+    alone = torch.cat([heun_step(denoiser, x[i : i + 1], s[i : i + 1], s1[i : i + 1]) for i in range(3)])
+    assert torch.allclose(together, alone, atol=1e-6)
+    euler = x + (s1 - s) * (x - denoiser(x.float(), s.flatten().float())) / s
+    assert torch.allclose(together[1:], euler[1:], atol=1e-6) and (together[0] - euler[0]).abs().max() > 1e-3
 
 
 def test_a_gan_state_of_another_run_is_refused(tmp_path):
@@ -386,17 +408,24 @@ def test_no_method_is_graded_by_the_network_it_was_trained_against():
 
 def test_the_families_that_are_compared_get_the_same_compute_and_three_rates_or_three_seeds():
     stages = load_profile(ROOT, "cpu-full")
-    for rates in (("kd_low", "kd_mid", "kd_high"), ("progressive_low", "progressive_mid", "progressive_high")):
-        assert len({stages[n].params["lr"] for n in rates}) == 3
-    for method in ("consistency", "meanflow"):
-        tried = [stages[f"{method}_{n}"].params for n in ("low", "mid", "high", "top")]
-        assert len({p["lr"] for p in tried}) == 4 and {p["tflop"] for p in tried} == {2.75}
-        assert {stages[f"{method}_{s}"].params["lr"] for s in (0, 1, 2)} <= {p["lr"] for p in tried}
-    short = ("half", "consistency_low", "consistency_mid", "consistency_high", "consistency_top")
-    short += ("meanflow_low", "meanflow_mid", "meanflow_high", "meanflow_top")
-    methods = ("kd", "progressive", "gdd", "consistency", "meanflow")
-    equal = [n for n in stages if n.split("_")[0] in methods and not n.endswith(short)]
-    assert len({stages[n].params["tflop"] for n in equal}) == 1 and len(equal) == 23
-    for method in ("consistency", "meanflow", "gdd_i", "hybrid"):
+    assert len({stages[n].params["lr"] for n in ("kd_low", "kd_mid", "kd_high")}) == 3
+    compared = [t for row in stages["table_6_families"].rows.values() for t in row.get("training", [])]
+    methods = ("kd", "progressive", "consistency", "meanflow", "gdd")
+    equal = [t for t in compared if stages[t].notebook.stem in methods]
+    assert {stages[t].params["tflop"] for t in equal} == {11.0} and len(equal) == 19
+    for method in ("progressive", "consistency", "meanflow", "gdd_i", "hybrid"):
         assert [stages[f"{method}_{s}"].params["seed"] for s in (0, 1, 2)] == [0, 1, 2]
     assert [stages[f"hybrid_{s}"].inputs["student"] for s in (0, 1, 2)] == ["get_0", "get_1", "get_2"]
+
+
+@pytest.mark.parametrize("method, budget", [("progressive", 2.75), ("consistency", 11.0), ("meanflow", 2.75)])
+def test_a_rate_that_is_used_lies_inside_the_four_that_were_tried(method, budget):
+    stages = load_profile(ROOT, "cpu-full")
+    rows = stages["table_6_rates"].rows
+    shown = {t for row in rows.values() for t in row["training"]}
+    used = {k: v for k, v in stages[f"{method}_0"].params.items() if k not in ("lr", "tflop", "seed", "samples", "out")}
+    alike = [stages[t].params for t in shown if used.items() <= stages[t].params.items()]
+    rates = sorted(p["lr"] for p in alike if p["tflop"] == budget)
+    assert len(set(rates)) == len(rates) == 4
+    chosen = {stages[f"{method}_{s}"].params["lr"] for s in (0, 1, 2)} | {stages[f"{method}_uncond"].params["lr"]}
+    assert len(chosen) == 1 and rates[0] < chosen.pop() < rates[-1]

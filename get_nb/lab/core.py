@@ -9,7 +9,7 @@ __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileErr
            'keep_memory', 'steady', 'setup', 'autocast', 'send', 'is_main', 'find_root', 'home_folder', 'in_clone',
            'progress']
 
-# %% ../../nbs/lab/00_core.ipynb #5541876b
+# %% ../../nbs/lab/00_core.ipynb #511b90ae
 import ctypes
 import difflib
 import functools
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from numbers import Integral
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, dataclass_transform
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
@@ -168,11 +168,12 @@ def nearest(word: str, options) -> str:
         return f"; did you mean {close[0]!r}?"
     return f"; choose from {', '.join(sorted(options)) or '(none)'}"
 
-# %% ../../nbs/lab/00_core.ipynb #d7d6ff41
+# %% ../../nbs/lab/00_core.ipynb #99e02d62
 Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability or share
 Ints = Annotated[tuple[int, ...], Field(strict=False)]  # a list from yaml or json becomes a tuple
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls):
     """Class decorator: a frozen, keyword-only dataclass with validated fields (strict types, no unknown key).
 
@@ -463,9 +464,20 @@ class _FileBar(tqdm):
         path.with_suffix(".tmp").write_text(json.dumps(state), encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)
 
-# %% ../../nbs/lab/00_core.ipynb #d19a9b9e
+# %% ../../nbs/lab/00_core.ipynb #25a556f0
+class _LogBar(tqdm):
+    "A tqdm bar for a log: a new line, at most one a minute, instead of one that is written over."
+
+    def display(self, msg=None, pos=None):
+        if msg != "":  # which would clear a line
+            print(str(self), file=sys.stderr, flush=True)
+
+
+_LOG = dict(mininterval=60.0, delay=60.0, bar_format="{desc}: {n_fmt}/{total_fmt}, {remaining} left{postfix}")
+
+# %% ../../nbs/lab/00_core.ipynb #eb877460
 def progress(iterable=None, total: int | None = None, desc: str = "", initial: int = 0):
-    """Progress with speed and time left; $GET_NB_PROGRESS names a file to show it in, or is 'off'.
+    """Progress with speed and time left; $GET_NB_PROGRESS names a file to show it in, or is 'off'. A log gets lines.
 
     Args:
         iterable: what to go through, or None to call `.update` by hand
@@ -480,4 +492,6 @@ def progress(iterable=None, total: int | None = None, desc: str = "", initial: i
     kw = dict(total=total, desc=desc, initial=initial, mininterval=0.5)
     if where and where != "off" and is_main():
         return _FileBar(iterable, file=open(os.devnull, "w", encoding="utf-8"), **kw)
-    return tqdm(iterable, leave=False, disable=where == "off" or not is_main(), **kw)
+    screen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    bar, kw = (tqdm, kw) if screen else (_LogBar, kw | _LOG)
+    return bar(iterable, leave=False, disable=where == "off" or not is_main(), **kw)
