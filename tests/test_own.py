@@ -101,6 +101,7 @@ def test_what_is_odd_in_pictures_is_told(tmp_path):
         Image.fromarray(rng("rare", i).integers(0, 255, (16, 16), dtype=np.uint8)).save(folder / f"rare/{i}.png")
     for i in range(40):
         (folder / f"class 2/more{i}.png").write_bytes((folder / "class 2/1.png").read_bytes())
+    (folder / "class 2/._0.png").write_bytes(b"left by a system, no picture")
     told = "; ".join(look_at(folder).findings)
     for said in (
         "1 of 139 pictures are not square",
