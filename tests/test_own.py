@@ -50,6 +50,7 @@ def test_a_profile_fits_the_pictures_and_says_why(size, mode, asked, side, patch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     folder = draw(tmp_path / "pics", size=size, mode=mode)
+    (folder / "class 0/!notes.txt").write_text("no picture", encoding="utf-8")
     code, out, err = run(capsys, "new", "mine", "--data", "folder:pics", "--root", ROOT, "--size", asked)
     assert code == 0, err
     text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
