@@ -20,10 +20,11 @@ from ..precond import edm_loss
 from ..sampler import num_evaluations
 from ..teachers import TEACHERS
 
-# %% ../../nbs/lab/41_costs.ipynb #046ce36a
+# %% ../../nbs/lab/41_costs.ipynb #ab8f49fd
 IMAGES = {  # channels and pixels per side of named data sets
     "digits": (1, 8),
     "shapes": (3, 16),
+    "fashion-mnist": (1, 28),
     "cifar10": (3, 32),
     "cifar10-unverified": (3, 32),
 }
@@ -62,14 +63,14 @@ def student_cost(model: str, overrides: tuple, data: str, n_iter: int) -> dict:
     cost = training_cost(net, DistillConfig(n_iter=n_iter))
     return dict(parameters=count_parameters(net), flop=flops(forward), **cost)
 
-# %% ../../nbs/lab/41_costs.ipynb #7ace5aba
+# %% ../../nbs/lab/41_costs.ipynb #99f6693b
 @lru_cache(maxsize=None)
 def teacher_cost(teacher: str, data: str) -> dict:
     """What one image costs a teacher, per evaluation and per training step.
 
     Args:
         teacher: preset of a teacher
-        data: key of IMAGES: digits, shapes, cifar10 or cifar10-unverified
+        data: key of IMAGES, such as digits or fashion-mnist
 
     Returns:
         dict of parameters, flop of one evaluation, train_gflop and activation_mb per image and step
