@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["get_nb", "get_nb.*"]),
-    package_data={"get_nb": ["*.pyi"]},
+    package_data={"get_nb": ["*.pyi", "py.typed"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={k: cfg[f"{k}_requirements"].split() for k in ("dev", "tensorboard", "perceptual", "diffusers", "gdd", "cluster")},

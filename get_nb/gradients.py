@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['GRADIENTS', 'supervised', 'unroll', 'implicit', 'phantom', 'equilibrium', 'reversal', 'unroll_constant']
 
-# %% ../nbs/23_gradients.ipynb #560879b1
+# %% ../nbs/23_gradients.ipynb #e3674a23
 from functools import lru_cache
 
 import torch
 
-from .fixed_point import SolverStats, apply_map, check_start
+from .fixed_point import SolverStats, apply_map, check_start, takes_tuples
 from .lab.core import ConfigError, nearest, require, require_whole
 from .lab.graph import check_tensors
 from .solvers import check_solver, solve
@@ -36,18 +36,19 @@ def supervised(n_iter: int, supervise=None) -> list:
             raise ConfigError(f"supervise = {given}: {k} is not in 1..{n_iter} (or -{n_iter}..-1, from the last)")
     return sorted({k if k > 0 else n_iter + 1 + k for k in given})
 
-# %% ../nbs/23_gradients.ipynb #be8bb633
+# %% ../nbs/23_gradients.ipynb #6a533e91
 def _iteration(f, z, k):
     "Iteration k, from 1; f is one map, or a list with one for each iteration."
     return apply_map(f if callable(f) else f[k - 1], z)
 
 
+@takes_tuples
 def unroll(f, z0, n_iter: int, supervise=None) -> list:
     """Iterate f from z0 and keep the graph (released training, [locuslab/get]).
 
     Args:
         f: the map, (B, ...) to (B, ...), or a list of n_iter maps
-        z0: start (B, ...)
+        z0: start (B, ...); or a tuple of starts, then f takes and returns as many states
         n_iter: iterations, at least 1
         supervise: as in `supervised`
 
@@ -135,16 +136,17 @@ def phantom(f, z_star, steps: int = 1, tau: float = 1.0):
         z = apply_map(f, z) if tau == 1 else z + tau * (apply_map(f, z) - z)
     return z
 
-# %% ../nbs/23_gradients.ipynb #f460a5c3
+# %% ../nbs/23_gradients.ipynb #ae54d60b
 GRADIENTS = ("unrolled", "phantom", "implicit")
 
 
+@takes_tuples
 def equilibrium(f, z0, gradient="implicit", phantom_steps=1, phantom_tau=1.0, adjoint: dict = None, **options):
     """The fixed point of f, with a gradient when gradients are enabled, in training or evaluation.
 
     Args:
         f: the map, (B, ...) to (B, ...)
-        z0: start (B, ...)
+        z0: start (B, ...); or a tuple of starts, then f takes and returns as many states
         gradient (str): "implicit", "phantom" or "unrolled"
         phantom_steps (int): of the phantom gradient, at least 1
         phantom_tau (float): its damping, above 0; 1 is none
@@ -158,11 +160,9 @@ def equilibrium(f, z0, gradient="implicit", phantom_steps=1, phantom_tau=1.0, ad
         ConfigError: an unknown gradient, or "unrolled" with another solver than "fixed_point"
     """
     require(gradient in GRADIENTS, f"gradient {gradient!r}{nearest(gradient, GRADIENTS)}")
-    plain = gradient == "unrolled" and options.get("solver") == "fixed_point"
-    if plain or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or (gradient == "unrolled" and options.get("solver") == "fixed_point"):
         return solve(f, z0, **options)
-    message = "gradient 'unrolled' needs solver 'fixed_point'; use 'implicit' or 'phantom', or torch.no_grad()"
-    require(gradient != "unrolled", message)
+    require(gradient != "unrolled", "gradient 'unrolled' needs solver 'fixed_point'; use 'implicit' or 'phantom'")
     with torch.no_grad():
         z_star, stats = solve(f, z0, **options)
     if gradient == "phantom":
@@ -196,7 +196,7 @@ def _stored_first(n, slots):
         out.append(at)
     return out
 
-# %% ../nbs/23_gradients.ipynb #7d6c6067
+# %% ../nbs/23_gradients.ipynb #ab2a3d3e
 class _Plan:
     "Iterations without a graph, and their backward pass from at most `slots` stored states besides the start."
 
@@ -222,8 +222,7 @@ class _Plan:
         while n > 1:
             m = reversal(n, slots)[1]
             later = self.stored.pop(k + m, None)
-            if later is None:
-                later = self.advance(z, k, m)
+            later = self.advance(z, k, m) if later is None else later
             yield from self.states(later, k + m, n - m, slots - 1)
             del later
             n = m
@@ -278,13 +277,14 @@ class _ConstantMemory(torch.autograd.Function):
         z0, *tensors = ctx.saved_tensors
         return None, *ctx.plan.backward(z0, tensors, grads)
 
-# %% ../nbs/23_gradients.ipynb #c533219e
+# %% ../nbs/23_gradients.ipynb #0aef2f53
+@takes_tuples
 def unroll_constant(f, z0, n_iter: int, supervise=None, read=None, tensors=(), slots: int = 4) -> list:
     """The same values and gradients as `unroll`, with memory that does not grow with n_iter.
 
     Args:
         f: the map, (B, ...) to (B, ...), or a list of n_iter maps
-        z0: start (B, ...)
+        z0: start (B, ...); or a tuple of starts, then f takes and returns as many states
         n_iter: iterations, at least 1
         supervise: as in `supervised`
         read: function of a state whose result is returned in its place, such as decoding; None: the state itself

@@ -96,14 +96,14 @@ class _Anderson(_Accelerator):
         # rows with left = 0 are masked
         self.put(q / left, d / left, ok & left.isfinite() & new)
 
-# %% ../nbs/22_solvers.ipynb #373a90d2
+# %% ../nbs/22_solvers.ipynb #f7dfe73c
 @torch.no_grad()
 def anderson(f, z0, *, max_iter, window=10, tol=None, stop_mode="rel", tau=1.0, select="lowest"):
     """Anderson acceleration in difference form, by truncated Gram-Schmidt (arXiv 2403.14961).
 
     Args:
         f: the map, (B, ...) to (B, ...); always called with the whole batch
-        z0: start (B, ...), any floating-point type
+        z0: start (B, ...), any floating-point type; or a tuple of starts, then f takes and returns as many states
         max_iter (int): evaluations of f at most
         window (int): differences kept; memory is twice as many states
         tol (float): residual at which an image has converged; None: run all evaluations
@@ -146,14 +146,14 @@ class _Broyden(_Accelerator):
         "H x, of x (B, n)."
         return self.add(x, self.dot(self.B, x), self.A)
 
-# %% ../nbs/22_solvers.ipynb #06b88a78
+# %% ../nbs/22_solvers.ipynb #acf19eb5
 @torch.no_grad()
 def broyden(f, z0, *, max_iter, window=30, tol=None, stop_mode="rel", tau=1.0, select="lowest"):
     """Broyden's good method with limited memory (Broyden 1965).
 
     Args:
         f: the map, (B, ...) to (B, ...); always called with the whole batch
-        z0: start (B, ...), any floating-point type
+        z0: start (B, ...), any floating-point type; or a tuple of starts, then f takes and returns as many states
         max_iter (int): evaluations of f at most
         window (int): rank-one terms kept before the memory starts afresh; memory is twice as many states
         tol (float): residual at which an image has converged; None: run all evaluations
@@ -191,13 +191,13 @@ def check_solver(solver: str, **options):
     require("max_iter" in options, f"solver {solver}: max_iter is missing: evaluations of f at most")
     check_options(**options)
 
-# %% ../nbs/22_solvers.ipynb #f7a65e0b
+# %% ../nbs/22_solvers.ipynb #dbdd906a
 def solve(f, z0, solver: str = "anderson", **options):
     """Solve z = f(z) by a solver's name.
 
     Args:
         f: the map, (B, ...) to (B, ...)
-        z0: start (B, ...)
+        z0: start (B, ...); or a tuple of starts, then f takes and returns as many states
         solver: "fixed_point", "anderson" or "broyden"
         **options: of that solver; max_iter must be among them
 

@@ -240,3 +240,19 @@ def test_a_figure_can_be_drawn_by_hand_from_the_published_records(tmp_path):
 def test_ruff_finds_nothing():
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_what_people_cite_and_what_a_machine_runs_agree_with_settings_ini():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    s = SETTINGS["DEFAULT"]
+    assert (cited["title"], cited["version"]) == (s["lib_name"], s["version"]) and cited["abstract"] == s["description"]
+    bibtex = (ROOT / "README.md").read_text(encoding="utf-8")
+    paper = cited["preferred-citation"]
+    assert paper["title"] in bibtex and str(paper["year"]) in bibtex and paper["url"] in bibtex
+    for author in paper["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in bibtex
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8"))
+    assert {"run": ".ci/run"} in workflow["jobs"]["test"]["steps"]
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {s['version']}" in changes and "## Unreleased" in changes
+    assert (ROOT / "get_nb/py.typed").is_file() and "py.typed" in (ROOT / "setup.py").read_text(encoding="utf-8")
