@@ -8,7 +8,7 @@ __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileErr
            'build_config', 'seed_of', 'rng', 'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup',
            'autocast', 'send', 'is_main', 'find_root', 'home_folder', 'in_clone', 'progress']
 
-# %% ../../nbs/lab/00_core.ipynb #814755a5
+# %% ../../nbs/lab/00_core.ipynb #5541876b
 import ctypes
 import difflib
 import functools
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sys
+from contextlib import nullcontext
 from numbers import Integral
 from pathlib import Path
 from typing import Annotated, Literal
@@ -328,7 +329,7 @@ def setup(device: str = "auto", threads: int = 0, tf32: bool = False):
     steady(device)
     return torch.device(device)
 
-# %% ../../nbs/lab/00_core.ipynb #aea1cbb1
+# %% ../../nbs/lab/00_core.ipynb #7959fde8
 def autocast(precision: Precision, device):
     """The context in which a forward pass runs.
 
@@ -341,8 +342,10 @@ def autocast(precision: Precision, device):
     """
     import torch
 
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=precision != "float32")
+    kind, dtype = torch.device(device).type, torch.float16 if precision == "fp16" else torch.bfloat16
+    if precision == "float32" and not torch.amp.is_autocast_available(kind):
+        return nullcontext()  # meta: there is nothing to switch off
+    return torch.autocast(kind, dtype=dtype, enabled=precision != "float32")
 
 # %% ../../nbs/lab/00_core.ipynb #10dce14e
 def send(x, device):
