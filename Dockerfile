@@ -9,7 +9,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ git make &&
 
 WORKDIR /get_nb
 ENV PIP_CONSTRAINT=/get_nb/constraints.txt PIP_NO_CACHE_DIR=1 GET_NB_ROOT=/get_nb
-COPY constraints.txt settings.ini setup.py pyproject.toml README.md ./
+COPY constraints.txt settings.ini pyproject.toml README.md ./
 COPY get_nb get_nb
 RUN pip install -e '.[dev]'
 COPY . .

@@ -5,7 +5,7 @@ VENV    := .venv
 READY   := $(VENV)/.ready
 RUN     := $(VENV)/bin/
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all rooms lab soak readme lint
+.PHONY: help reproduce test test-all rooms docs types lab soak readme lint
 QUIET   := GET_NB_PROGRESS=off OMP_NUM_THREADS=1
 export JUPYTER_PLATFORM_DIRS := 1
 
@@ -13,7 +13,7 @@ help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PROFILE=$(PROFILE)     profile of make reproduce: a name in nbs/paper/profiles"
 
-$(READY): constraints.txt settings.ini setup.py pyproject.toml
+$(READY): constraints.txt settings.ini pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "get_nb needs Python 3.11, 3.12 or 3.13, this is %d.%d: name one with make PYTHON=python3.12" % v)'
 	@echo "Making $(VENV) (a few minutes, about 7 GB with the CUDA build of torch)"
 	@$(PYTHON) -m venv --clear $(VENV)
@@ -31,6 +31,17 @@ test-all: $(READY) ## the same, and what is slower: tests marked slow, the campa
 
 rooms: $(READY)  ## run every room and save its outputs (ROOMS="nbs/12_sampler.ipynb ..." for some)
 	@$(QUIET) $(RUN)python tests/rooms.py $(ROOMS)
+
+$(VENV)/.docs: $(READY)
+	@PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN)pip install -q -e '.[docs,types]'
+	@touch $@
+
+docs: $(VENV)/.docs ## build the site from the saved notebooks, without a network: _docs/html/index.html
+	@$(RUN)python -m sphinx -q -W --keep-going -c docs -b html -d _docs/doctrees . _docs/html
+	@echo "_docs/html/index.html"
+
+types: $(VENV)/.docs ## the type checker over the public names
+	@$(RUN)mypy
 
 lab: $(READY)    ## open the rooms in JupyterLab
 	@$(RUN)jupyter lab nbs

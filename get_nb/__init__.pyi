@@ -7,6 +7,7 @@ from .lab.core import ConfigError as ConfigError, FileError as FileError, Unsafe
 from .lab.data import load_data as load_data
 from .lab.files import save_checkpoint as save_checkpoint
 from .lab.generation import generate_pairs as generate_pairs
+from .lab.hub import OneStepPipeline as OneStepPipeline
 from .lab.imports import import_reference_pairs as import_reference_pairs
 from .lab.metrics import compare as compare, load_features as load_features
 from .lab.released import load_edm_pickle as load_edm_pickle, load_reference_get as load_reference_get

@@ -13,7 +13,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from .gradients import supervised
 from .jacobian import jacobian_penalty, residual_penalty
-from .lab.core import Fraction, Ints, config, nearest, require, require_config, require_model, rng, send
+from .lab.core import Fraction, Ints, config, nearest, require, rng, send
+from .lab.core import require_callable, require_config, require_model
 from .lab.schedule import TrainConfig, batch_indices
 from .lab.train import train
 from .losses import get_loss
@@ -169,9 +170,14 @@ def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, dist
     labels = send(batch["label"], device) if model.config["num_classes"] else None
     return distill_loss(formulation or model, noise, labels, image, cfg, n_iter, distance)
 
-# %% ../nbs/31_distillation.ipynb #35e63d11
-def _check_classes(model, pairs):
-    "Refuse a conditional student of pairs whose labels it cannot know."
+# %% ../nbs/31_distillation.ipynb #d9551de2
+def _check_distillation(model, pairs, cfg, train_cfg, functions):
+    "Refuse what cannot be distilled, or not so: a conditional student of pairs whose labels it cannot know, too."
+    require_model("model", model, named=True)
+    require(hasattr(pairs, "batch"), f"pairs: a PairDataset is needed, not a {type(pairs).__name__}")
+    require_config(cfg, DistillConfig)
+    require_config(train_cfg, TrainConfig)
+    require_callable(**{name: f for name, f in functions.items() if f is not None})
     classes, known = model.config["num_classes"], getattr(pairs, "num_classes", None)
     fits = not classes or known is None or 0 < known <= classes
     require(fits, f"the student has {classes} classes, the pairs {known}: labels would be missing or out of range")
@@ -198,7 +204,7 @@ def distill(
         probe: (model, step), called before each step, for measuring; it must change nothing
         distance: (image, target) -> scalar; None: the pixel distance that cfg.loss names
         formulation: what computes in the model's place, over its parameters; None: the model itself. What it chooses by
-            measuring is kept beside the checkpoints, and holds when the training is resumed
+            measuring is kept in the checkpoints, and holds when the training is resumed
 
     Returns:
         averaged model (eval mode), history as `train` returns it
@@ -214,12 +220,9 @@ def distill(
         n = iterations_at(cfg, step, train_cfg.steps, train_cfg.seed)
         return pairs_loss(model, pairs, index, cfg, n, distance, formulation)
 
-    require_model("model", model)
-    require_config(cfg, DistillConfig)
-    require_config(train_cfg, TrainConfig)
-    _check_classes(model, pairs)
-    if hasattr(formulation, "settle"):
-        formulation.settle(train_cfg.batch_size, state_dir)
+    functions = dict(probe=probe, distance=distance, formulation=formulation)
+    _check_distillation(model, pairs, cfg, train_cfg, functions)
     digests = [s["sha256"] for s in pairs.manifest["shards"]]
     identity = dict(distill=asdict(cfg), model=model.config, pairs=digests)
-    return train(model, loss_fn, train_cfg, state_dir, identity, model.config["name"])
+    chooses = formulation if hasattr(formulation, "restore") else None
+    return train(model, loss_fn, train_cfg, state_dir, identity, model.config["name"], formulation=chooses)

@@ -16,7 +16,8 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from .distillation import DistillConfig, distill_loss
 from .get import GET
-from .lab.core import EVAL_SEED, Ints, autocast, config, progress, require, require_config, require_model, send
+from .lab.core import EVAL_SEED, Ints, autocast, config, progress, send
+from .lab.core import require, require_callable, require_config, require_model
 from .lab.counting import flops, kept_bytes
 from .lab.images import ImageSet, check_bytes, finite_bytes
 from .pairs import draw_noise
@@ -249,7 +250,7 @@ def measure(model, cfg: EvalConfig, train, test, network, *, how, only_fd=False,
     result |= cost(model, cfg.conditional, **how) | dict(ms_per_image=statistics.median(ms))
     return result, images, labels
 
-# %% ../nbs/32_evaluation.ipynb #63c2abbe
+# %% ../nbs/32_evaluation.ipynb #8c37d1ea
 def family(model) -> str:
     """What a model is in tables and figures.
 
@@ -257,7 +258,7 @@ def family(model) -> str:
         model: any generator
 
     Returns:
-        what its checkpoint says (kd, pd, gdd, hybrid), else its architecture: teacher, get or vit
+        what its checkpoint says (kd, pd, cd, gdd, hybrid, meanflow), else its architecture: teacher, get or vit
     """
     said = getattr(model, "meta", {}).get("family")
     if said:
@@ -315,10 +316,12 @@ def evaluate(model, cfg: EvalConfig, train, test, network, data: str, formulatio
     """
     from get_nb.lab.metrics import copy_share
 
-    require_model("model", model)
+    require_model("model", model, named=True)
+    require(isinstance(data, str), f"data = {data!r}: the short name of a data set, as ImageSet.data")
     require_config(cfg, EvalConfig)
     require(hasattr(network, "reference"), "network: a FeatureNetwork is needed, as load_features makes it")
     handed_in = dict(formulation=formulation, spread=spread)
+    require_callable(**{name: f for name, f in handed_in.items() if f is not None})
     own, *others = _ways(model, cfg)
     result, images, labels = measure(model, cfg, train, test, network, how=own, **handed_in)
     sweep = [measure(model, cfg, train, test, network, how=how, only_fd=True, **handed_in)[0] for how in others]

@@ -14,7 +14,7 @@ from numbers import Real
 
 import torch
 
-from .lab.core import ConfigError, nearest, require, require_whole
+from .lab.core import ConfigError, nearest, require, require_callable, require_whole
 from .lab.images import describe
 
 # %% ../nbs/19_fixed_point.ipynb #bdc9d997
@@ -158,8 +158,9 @@ def apply_map(f, z):
         f(z)
 
     Raises:
-        ConfigError: f returned another shape or device, or no floating-point numbers (any floating type will do)
+        ConfigError: f is no function, or returned another shape or device, or no floating-point numbers
     """
+    require_callable(f=f)
     fz = f(z)
     if isinstance(fz, torch.Tensor) and fz.shape == z.shape and fz.device == z.device and fz.is_floating_point():
         return fz
@@ -285,7 +286,7 @@ def check_options(max_iter, tol=None, stop_mode="rel", select="lowest", tau=1.0,
     require_whole("max_iter", max_iter)
     require_whole("window", window)
     require(tol is None or (isinstance(tol, Real) and tol >= 0), f"tol = {tol!r}: None or a number >= 0")
-    require(isinstance(tau, Real) and tau > 0, f"tau = {tau!r}: a number > 0")
+    require(isinstance(tau, Real) and 0 < tau < math.inf, f"tau = {tau!r}: a number > 0")
     for name, value, known in (("stop_mode", stop_mode, ("abs", "rel")), ("select", select, ("lowest", "last"))):
         if value not in known:
             raise ConfigError(f"{name} = {value!r}{nearest(value, known)}")

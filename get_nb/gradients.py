@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from .fixed_point import SolverStats, apply_map, check_start, takes_tuples
-from .lab.core import ConfigError, nearest, require, require_whole
+from .lab.core import ConfigError, nearest, require, require_whole, whole_numbers
 from .lab.graph import check_tensors
 from .solvers import check_solver, solve
 
@@ -30,16 +30,15 @@ def supervised(n_iter: int, supervise=None) -> list:
         ConfigError: n_iter is not a whole number above 0, or an iteration is out of range
     """
     require_whole("n_iter", n_iter)
-    given = list(supervise or range(1, n_iter + 1))
-    for k in given:
-        if not 1 <= abs(k) <= n_iter:
-            raise ConfigError(f"supervise = {given}: {k} is not in 1..{n_iter} (or -{n_iter}..-1, from the last)")
+    given = whole_numbers("supervise", supervise or range(1, n_iter + 1))
+    bad = next((k for k in given if not 1 <= abs(k) <= n_iter), None)
+    require(bad is None, f"supervise = {given}: {bad} is not in 1..{n_iter} (or -{n_iter}..-1, from the last)")
     return sorted({k if k > 0 else n_iter + 1 + k for k in given})
 
 # %% ../nbs/23_gradients.ipynb #6a533e91
 def _iteration(f, z, k):
     "Iteration k, from 1; f is one map, or a list with one for each iteration."
-    return apply_map(f if callable(f) else f[k - 1], z)
+    return apply_map(f[k - 1] if isinstance(f, list | tuple) and k <= len(f) else f, z)
 
 
 @takes_tuples
@@ -159,7 +158,7 @@ def equilibrium(f, z0, gradient="implicit", phantom_steps=1, phantom_tau=1.0, ad
     Raises:
         ConfigError: an unknown gradient, or "unrolled" with another solver than "fixed_point"
     """
-    require(gradient in GRADIENTS, f"gradient {gradient!r}{nearest(gradient, GRADIENTS)}")
+    require(isinstance(gradient, str) and gradient in GRADIENTS, f"gradient {gradient!r}{nearest(gradient, GRADIENTS)}")
     if not torch.is_grad_enabled() or (gradient == "unrolled" and options.get("solver") == "fixed_point"):
         return solve(f, z0, **options)
     require(gradient != "unrolled", "gradient 'unrolled' needs solver 'fixed_point'; use 'implicit' or 'phantom'")
@@ -298,6 +297,7 @@ def unroll_constant(f, z0, n_iter: int, supervise=None, read=None, tensors=(), s
         ConfigError: slots or an iteration out of range, or `tensors` lacks one, or one of them depends on another
     """
     require_whole("slots", slots)
+    require(read is None or callable(read), f"read: a function is needed, not a {type(read).__name__}")
     check_start(z0, 1)
     wanted, tensors = supervised(n_iter, supervise), [t for t in tensors if t is not None and t.requires_grad]
     plan = _Plan(f, n_iter, wanted, read, slots, z0)

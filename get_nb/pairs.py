@@ -6,6 +6,7 @@
 __all__ = ['pair_noise', 'pair_label', 'draw_noise', 'PairsConfig', 'sample_pairs']
 
 # %% ../nbs/13_pairs.ipynb #b42e7bc9
+import itertools
 from typing import Literal
 
 import numpy as np
@@ -107,7 +108,7 @@ def sample_pairs(denoiser, seeds, cfg: PairsConfig):
     Returns:
         dict of tensors on the CPU: seed, label int64 (B,); image float32 (B, C, H, W); noise, if it is to be stored
     """
-    device = next(denoiser.parameters()).device
+    device = next(itertools.chain(denoiser.parameters(), denoiser.buffers()), torch.empty(0)).device
     noise, labels = draw_noise(seeds, cfg.shape, cfg.num_classes)
     levels = dict(num_steps=cfg.num_steps, sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max, rho=cfg.rho)
     images = []

@@ -184,7 +184,7 @@ def check_solver(solver: str, **options):
     Raises:
         ConfigError: an unknown solver or option, an option out of its range, or max_iter is missing
     """
-    require(solver in SOLVERS, f"solver {solver!r}{nearest(solver, SOLVERS)}")
+    require(isinstance(solver, str) and solver in SOLVERS, f"solver {solver!r}{nearest(solver, SOLVERS)}")
     known = [k for k in inspect.signature(SOLVERS[solver]).parameters if k not in ("f", "z0")]
     for name in options:
         require(name in known, f"solver {solver}: unknown option {name!r}{nearest(name, known)}")

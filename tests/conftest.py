@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import rooms
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is imported: no test fetches anything
 os.environ.setdefault("GET_NB_CHOICES", "first")  # what is timed differs from run to run
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-c", "from get_nb.lab.cli import main; main()"]

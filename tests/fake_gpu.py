@@ -7,7 +7,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default}
@@ -29,6 +29,14 @@ def _apply(module, fn, recurse=True):
     for key, b in module._buffers.items():
         module._buffers[key] = b if b is None else fn(b)
     return module
+
+
+def _with_storage(t):
+    "A number's tangent in forward mode is zeros without storage, in which FakeTensorMode looks for its value: write them."
+    if isinstance(t, FakeTensor) or not t._is_zerotensor():
+        return t
+    with unset_fake_temporarily():
+        return torch.zeros(t.shape, dtype=t.dtype, device=t.device)
 
 
 class FakeGPU(TorchDispatchMode):
@@ -84,7 +92,7 @@ class FakeGPU(TorchDispatchMode):
             raise Waits(f"{func}: works on {len(here)} tensors of the CPU and {len(away)} of the GPU")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        args, kwargs = tree_map_only(torch.Tensor, _with_storage, (args, kwargs or {}))
         if func is aten._pin_memory.default:
             self.pinned.append(args[0].clone())
             return self.pinned[-1]

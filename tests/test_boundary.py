@@ -282,7 +282,7 @@ def test_a_map_that_does_not_return_a_state_is_refused_in_one_line(wrong):
 
 
 @pytest.mark.parametrize(
-    "z0", [torch.tensor(1.0), torch.ones(3, 5, dtype=torch.int64), np.ones((3, 5)), (Z0, Z0), None]
+    "z0", [torch.tensor(1.0), torch.ones(3, 5, dtype=torch.int64), np.ones((3, 5)), [Z0, Z0], None]
 )
 def test_a_start_that_is_no_batch_of_states_is_refused_in_one_line(z0):
     for run in solver_calls(lambda z: z / 2, z0):

@@ -57,6 +57,7 @@ UNITS = dict(
     accuracy=100,
     copies=100,
     mmac=1e3,
+    repeated=100,
     memory=1e3,
     gflop=1e3,
 )  # column -> factor to the record's unit

@@ -261,10 +261,13 @@ def test_root_may_be_named_from_anywhere(tmp_path, command):
     assert b"no get_nb clone" not in done.stdout + done.stderr and b"Traceback" not in done.stderr
 
 
-def test_the_gpu_of_a_mac_is_not_used_and_that_is_said(capsys):
-    assert setup("mps") == torch.device("cpu")
+@pytest.mark.parametrize("device, mac", [("mps", True), ("mps", False), ("auto", True)])
+def test_the_gpu_of_a_mac_is_not_used_and_that_is_said(capsys, monkeypatch, device, mac):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mac)
+    assert setup(device) == torch.device("cpu")
     said = capsys.readouterr().err
     assert "float64" in said and "CPU is used" in said and said.count("\n") == 1
+    assert setup("cpu") == torch.device("cpu") and not capsys.readouterr().err
 
 
 def test_weights_are_asked_for_where_there_is_no_home(monkeypatch):

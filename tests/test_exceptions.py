@@ -7,12 +7,14 @@ import pytest
 import torch
 
 import get_nb
+import released
 from get_nb.lab.core import ConfigError, FileError
 from get_nb.lab.checkpoints import create_model, create_teacher
 from get_nb.lab.metrics import _FEWEST as FEWEST
 from get_nb.lab.classifier import create_classifier
 from get_nb.lab.files import save_checkpoint
 from get_nb.lab.metrics import compare, load_features
+from get_nb.pairs import PairsConfig
 
 
 def built(make, *args, **kw):
@@ -143,3 +145,126 @@ def test_every_public_name_refuses_every_wrong_kind_of_value_in_one_line_of_ours
         except TypeError as e:
             assert "os.PathLike" in str(e), kind
     assert told, f"{name} accepts everything"
+
+
+# One wrong argument among right ones: what each role refuses.
+NO_NUMBER = dict(none=None, word="nonsense", nan=float("nan"), list=[1], object=object(), negative=-1)
+NO_COUNT = NO_NUMBER | dict(zero=0, fraction=0.5, infinite=float("inf"), matrix=torch.zeros(2, 3))
+NO_LEVEL = NO_NUMBER | dict(zero=0, infinite=float("inf"), complex=1j, matrix=torch.zeros(2, 3))
+NO_FUNCTION = dict(word="nonsense", number=3, list=[1, 2], tensor=torch.zeros(2), mapping=dict(a=1))
+NO_STATES = dict(none=None, word="x", number=1.0, whole=torch.zeros(2, 3, dtype=torch.long), scalar=torch.tensor(1.0))
+NO_IMAGES = NO_STATES | dict(flat=torch.zeros(2, 3), complex=torch.zeros(2, 1, 8, 8, dtype=torch.complex64))
+NO_LABELS = dict(word="x", too_large=torch.tensor([0, 10]), negative=torch.tensor([0, -2]), real=torch.zeros(2))
+NO_LABELS |= dict(too_few=torch.tensor([1]), list=[1, 2], yes=torch.tensor([True, False]))
+NO_MODEL = dict(none=None, word="x", function=len, foreign=torch.nn.Linear(2, 2))
+NO_CONFIG = dict(none=None, mapping={}, word="x")
+NO_BYTES = NO_IMAGES | dict(real=torch.zeros(9, 1, 8, 8), empty=torch.zeros(0, 1, 8, 8, dtype=torch.uint8), mapping={})
+NO_BYTES |= dict(other_size=torch.zeros(9, 1, 4, 16, dtype=torch.uint8), few=torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+NO_NAME = dict(none=None, word="nonsense", number=3, list=["x"], mapping={}, tensor=torch.zeros(2))
+NO_WEIGHTS = dict(missing="nowhere", folder=".", empty="", long="x" * 300, number=3, tensor=torch.zeros(2))
+NO_LIST = dict(number=3, word="ab", fractions=[0.5], outside=[99], mapping=dict(a=1), zero=[0])
+
+
+def half(z):
+    return 0.5 * z
+
+
+SOLVER = dict(f=NO_FUNCTION, z0=NO_STATES, max_iter=NO_COUNT, tau=NO_LEVEL, stop_mode=NO_NAME, select=NO_NAME)
+LEVELS = dict(num_steps=NO_COUNT, sigma_min=NO_LEVEL, sigma_max=NO_LEVEL, rho=NO_LEVEL)
+SAMPLER = LEVELS | dict(denoiser=NO_FUNCTION, noise=NO_IMAGES, labels=NO_LABELS)
+SHAPE = dict(image_size=NO_COUNT, channels=NO_COUNT, name=NO_NAME, pretrained=NO_WEIGHTS)
+RECIPE = dict(
+    noise=NO_IMAGES, image=NO_IMAGES, labels=NO_LABELS, shard_size=NO_COUNT, first_seed=dict(a=-1, b="x", c=0.5)
+)
+LEARN = dict(pairs=NO_NAME, cfg=NO_CONFIG, train_cfg=NO_CONFIG, probe=NO_FUNCTION, distance=NO_FUNCTION)
+MEASURE = dict(
+    model=NO_MODEL, cfg=NO_CONFIG, train=NO_BYTES, test=NO_BYTES, network=NO_MODEL, data=dict(none=None, n=3)
+)
+ROLES = dict(
+    fixed_point_iter=SOLVER,
+    anderson=SOLVER | dict(window=NO_COUNT),
+    broyden=SOLVER | dict(window=NO_COUNT),
+    solve=dict(f=NO_FUNCTION, z0=NO_STATES, solver=NO_NAME, max_iter=NO_COUNT),
+    equilibrium=dict(f=NO_FUNCTION, z0=NO_STATES, gradient=NO_NAME, max_iter=NO_COUNT),
+    unroll=dict(f=NO_FUNCTION, z0=NO_STATES, n_iter=NO_COUNT, supervise=NO_LIST),
+    unroll_constant=dict(f=NO_FUNCTION, z0=NO_STATES, n_iter=NO_COUNT, supervise=NO_LIST, read=NO_FUNCTION),
+    edm_sigmas=LEVELS,
+    heun_sample=SAMPLER,
+    euler_sample=SAMPLER,
+    create_model=SHAPE | dict(dim=NO_COUNT, heads=NO_COUNT),
+    create_teacher=SHAPE | dict(base=NO_COUNT),
+    load_data=dict(name=NO_NAME, split=NO_NAME, n=NO_COUNT),
+    load_features=dict(source=NO_WEIGHTS),
+    save_checkpoint=dict(path=dict(folder=".", empty=""), model=NO_MODEL, note=dict(set={1}, tensor=torch.zeros(2))),
+    save_pairs=RECIPE,
+    generate_pairs=dict(denoiser=NO_MODEL | dict(foreign="x"), cfg=NO_CONFIG),
+    import_reference_pairs=dict(src=NO_WEIGHTS, shard_size=NO_COUNT),
+    compare=dict(generated=NO_BYTES, reference=NO_BYTES, network=NO_MODEL),
+    train=dict(model=NO_MODEL | dict(foreign="x"), loss_fn=NO_FUNCTION, cfg=NO_CONFIG),
+    distill=LEARN | dict(model=NO_MODEL, formulation=NO_FUNCTION),
+    evaluate=MEASURE | dict(formulation=NO_FUNCTION, spread=NO_FUNCTION),
+)
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory, digit_features):
+    "Arguments with which each function does what it is for."
+    folder, shape = tmp_path_factory.mktemp("right"), dict(image_size=8, channels=1)
+    student = get_nb.create_model("GET-digits/2", num_classes=10, dim=8, heads=2, depth=1, **shape).eval()
+    teacher = get_nb.create_teacher("unet-digits", num_classes=10, base=8, **shape).eval()
+    noise, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
+    images = torch.randint(0, 256, (FEWEST, 1, 8, 8), dtype=torch.uint8)
+    save_checkpoint(folder / "classifier.safetensors", create_classifier(num_classes=10, **shape))
+    get_nb.save_pairs(folder / "pairs", noise, noise, labels, num_classes=10)
+    released.write_pairs(folder / "released", ["1"], 4, 0, (1, 8, 8))
+    map_ = dict(f=half, z0=torch.ones(2, 3))
+    sample = dict(denoiser=teacher, noise=noise, labels=labels, num_steps=2)
+    train_cfg = get_nb.TrainConfig(steps=1, batch_size=2)
+    few = get_nb.EvalConfig(samples=FEWEST, batch_size=FEWEST)
+    made = dict(noise=noise, image=noise, labels=labels, num_classes=10)
+    split = get_nb.load_data("digits")
+    return dict(
+        dict.fromkeys(("fixed_point_iter", "anderson", "broyden", "solve", "equilibrium"), map_ | dict(max_iter=2)),
+        **dict.fromkeys(("unroll", "unroll_constant"), map_ | dict(n_iter=2)),
+        **dict.fromkeys(("heun_sample", "euler_sample"), sample),
+        edm_sigmas=dict(num_steps=2),
+        create_model=dict(name="ViT-digits/2", **shape),
+        create_teacher=dict(name="unet-digits", base=8, **shape),
+        load_data=dict(name="shapes", split="train", n=4),
+        load_features=dict(source=folder / "classifier.safetensors"),
+        save_checkpoint=dict(path=folder / "new.safetensors", model=student),
+        save_pairs=dict(folder=folder / "new", **made),
+        generate_pairs=dict(
+            denoiser=teacher, folder=folder / "made", cfg=PairsConfig(n=2, shape=(1, 8, 8), teacher="")
+        ),
+        import_reference_pairs=dict(src=folder / "released", folder=folder / "imported"),
+        compare=dict(generated=images, reference=images, network=digit_features),
+        train=dict(model=torch.nn.Linear(2, 1), loss_fn=lambda net, *_: net(torch.ones(2, 2)).mean(), cfg=train_cfg),
+        distill=dict(
+            model=student, pairs=get_nb.PairDataset(folder / "pairs"), cfg=get_nb.DistillConfig(), train_cfg=train_cfg
+        ),
+        evaluate=dict(model=student, cfg=few, train=split, test=split, network=digit_features, data="digits"),
+    )
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_one_wrong_argument_among_right_ones_is_refused_in_one_line_of_ours(name, right, tmp_path, monkeypatch):
+    "A file may be refused by an OSError that names it, a path that is no path by Python's own TypeError."
+    monkeypatch.chdir(tmp_path)
+    f, fresh = getattr(get_nb, name), itertools.count()
+    for argument, values in ROLES[name].items():
+        for kind, value in values.items():
+            given = right[name] | {argument: value}
+            if "folder" in given:
+                given["folder"] = tmp_path / str(next(fresh))
+            with pytest.raises((ConfigError, FileError, OSError, TypeError)) as e:
+                f(**given)
+                pytest.fail(f"{argument} = {kind} was accepted")
+            assert "\n" not in str(e.value) and len(str(e.value)) < 1200, (argument, kind)
+            ours = isinstance(e.value, ConfigError | FileError)
+            no_path = isinstance(e.value, TypeError) and "os.PathLike" in str(e.value)
+            assert ours or no_path or getattr(e.value, "filename", None), (argument, kind)
+    given = right[name]
+    if "folder" in given:
+        given = given | dict(folder=tmp_path / "right")
+    f(**given)

@@ -11,6 +11,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as inceptionv3
 from torchvision.models import vgg16
 
 import get_nb.lab.train as training
+from get_nb.consistency import ConsistencyConfig, distill_consistency
 from get_nb.discriminator import ClassifierPyramid, Discriminator, DiscriminatorConfig
 from get_nb.distillation import DistillConfig, distill
 from get_nb.gdd import GanConfig, freeze_innate, real_batches, train_gan
@@ -27,6 +28,7 @@ from get_nb.lab.perceptual import load_vgg16
 from get_nb.lab.schedule import TrainConfig
 from get_nb.lab.train import train
 from get_nb.losses import VGG_CHANNELS, make_dists, make_lpips
+from get_nb.meanflow import MeanFlowConfig, create_meanflow, train_meanflow
 from get_nb.precond import edm_loss
 from get_nb.presets import build_model
 from get_nb.progressive import ProgressiveConfig, distill_progressively
@@ -88,6 +90,10 @@ def adversarial(cfg, frozen=False):
     train_gan(generator, critic(), real_batches(DATA, 4, 0), 3, cfg, GanConfig(r1_every=2))
 
 
+def meanflow(cfg):
+    train_meanflow(create_meanflow("unet-digits", **SHAPE, **UNET).to("cuda"), DATA, MeanFlowConfig(), cfg)
+
+
 METHODS = {
     "teacher": teach,
     "classifier": lambda cfg: train_classifier(create_classifier(width=4, **SHAPE).to("cuda"), DATA, cfg),
@@ -100,6 +106,11 @@ METHODS = {
     ),
     "KD": lambda cfg: distill(OneStep(copy_denoiser(teacher())), Pairs(), TWICE, cfg),
     "progressive": lambda cfg: list(distill_progressively(teacher(), DATA, ProgressiveConfig(start=2), cfg)),
+    "progressive, Heun": lambda cfg: list(
+        distill_progressively(teacher(), DATA, ProgressiveConfig(start=2, solver="heun"), cfg)
+    ),
+    "consistency": lambda cfg: distill_consistency(teacher(), DATA, ConsistencyConfig(num_steps=3), cfg),
+    "MeanFlow": meanflow,
     "GDD": adversarial,
     "GDD-I": lambda cfg: adversarial(cfg, frozen=True),
     "hybrid": lambda cfg: refine(get(), critic(), Pairs(), DATA, cfg, GanConfig(n_iter=2), TWICE, 0.5),

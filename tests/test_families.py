@@ -17,7 +17,11 @@ from get_nb.lab.checkpoints import load_checkpoint
 from get_nb.lab.core import FileError
 from get_nb.lab.files import load_tensors, save_checkpoint
 from get_nb.gdd import GDD, GanConfig, freeze_innate, train_gan
+from get_nb.lab.counting import flops
 from get_nb.lab.monitor import gan_cost
+from get_nb.losses import l2
+from get_nb.meanflow import MeanFlowConfig, create_meanflow, meanflow_loss, train_meanflow
+from get_nb.consistency import Consistency, ConsistencyConfig, consistency_loss, distill_consistency
 from get_nb.hybrid import refine
 from get_nb.kd import OneStep, copy_denoiser, create_one_step
 from get_nb.lab.classifier import create_classifier
@@ -26,6 +30,8 @@ from get_nb.lab.generation import generate_pairs
 from get_nb.lab.store import PairDataset
 from get_nb.pairs import PairsConfig
 from get_nb.progressive import ProgressiveConfig, distill_progressively
+from get_nb.precond import IdealDenoiser
+from get_nb.sampler import edm_sigmas, heun_step
 from get_nb.lab.profiles import load_profile
 from get_nb.lab.schedule import TrainConfig
 from get_nb.lab.state import checkpoints
@@ -129,7 +135,7 @@ def test_a_stopped_halving_goes_on_in_its_round_and_ends_the_same(tmp_path, monk
     once, calls = run(tmp_path / "once"), []
     import get_nb.progressive as module
 
-    real = module._examples
+    real = module.draw_examples
 
     def failing(*args):
         calls.append(args)
@@ -137,14 +143,112 @@ def test_a_stopped_halving_goes_on_in_its_round_and_ends_the_same(tmp_path, monk
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(module, "_examples", failing)
+    monkeypatch.setattr(module, "draw_examples", failing)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "twice")
     again = run(tmp_path / "twice")
     assert len(calls) == 7 + 2 and all(same(once[n], again[n]) for n in (2, 1))  # the first round was not trained again
 
 
-def test_progressive_distillation_without_classes_never_shows_a_label():
+SHORT = TrainConfig(steps=4, batch_size=8, lr=1e-3, checkpoint_every=2, log_every=1)
+
+
+def meanflow(classes=10):
+    seed_everything(0, "meanflow")
+    return create_meanflow("unet-digits", base=8, **SHAPE | dict(num_classes=classes))
+
+
+def without_pairs(method, folder=None, data=DIGITS, cfg=SHORT, classes=True):
+    "Train one of the rivals that see real images alone; -> average, history."
+    if method == "meanflow":
+        return train_meanflow(meanflow(10 if classes else 0), data, MeanFlowConfig(), cfg, folder)
+    frozen = copy_denoiser(teacher()).eval().requires_grad_(False)
+    return distill_consistency(frozen, data, ConsistencyConfig(num_steps=5), cfg, classes, folder)
+
+
+class Cut:
+    "Digits whose batch cannot be had at the n-th call."
+
+    def __init__(self, n):
+        self.calls, self.n = 0, n
+
+    def __len__(self):
+        return len(DIGITS)
+
+    def __getattr__(self, name):
+        return getattr(DIGITS, name)
+
+    def batch(self, index):
+        self.calls += 1
+        if self.calls == self.n:
+            raise KeyboardInterrupt
+        return DIGITS.batch(index)
+
+
+@pytest.mark.parametrize("method", ["consistency", "meanflow"])
+def test_a_stopped_run_without_pairs_ends_with_the_bits_of_one_that_was_not(method, tmp_path):
+    once, whole = without_pairs(method, tmp_path / "once")
+    with pytest.raises(KeyboardInterrupt):
+        without_pairs(method, tmp_path / "twice", Cut(4))
+    again, rest = without_pairs(method, tmp_path / "twice")
+    assert rest["resumed_at"] == [2] and whole["loss"] == rest["loss"] and same(once.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize("method", ["consistency", "meanflow"])
+def test_shares_of_a_batch_add_up_to_the_whole_of_it(method):
+    whole, parts = (without_pairs(method, cfg=replace(SHORT, steps=1, accumulate=n))[1]["loss"] for n in (1, 3))
+    assert whole == pytest.approx(parts, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["consistency", "meanflow"])
+def test_a_run_without_classes_does_not_depend_on_the_labels(method):
+    other = replace(DIGITS, labels=DIGITS.labels.flip(0))
+    losses = {
+        classes: [without_pairs(method, data=d, classes=classes)[1]["loss"] for d in (DIGITS, other)]
+        for classes in (False, True)
+    }
+    assert losses[False][0] == losses[False][1] and losses[True][0] != losses[True][1]
+
+
+def test_what_costs_consistency_distillation_and_meanflow_is_counted():
+    x, y = DIGITS.batch(range(4))
+    frozen = copy_denoiser(teacher()).eval().requires_grad_(False)
+    once = flops(lambda: frozen(x, torch.ones(4), y))
+    student, place = Consistency(copy_denoiser(teacher())), torch.zeros(4, dtype=torch.int64)
+    args = frozen, x, y, x, place, edm_sigmas(5)[:-1], l2
+    counted = flops(lambda: consistency_loss(student, *args).backward()) / once
+    assert 5.7 < counted < 6.1  # forward and backward, its target, two teacher evaluations
+    model, t = meanflow(), torch.full((4,), 0.7)
+    loss = flops(lambda: meanflow_loss(lambda *z: model.velocity(*z, y), x, x, t, t / 2)["loss"].backward()) / once
+    assert 4.7 < loss < 5.3  # forward, backward, and a derivative that costs two more
+
+
+def test_a_meanflow_checkpoint_comes_back_as_what_it_was(tmp_path):
+    model, noise = meanflow().eval(), torch.randn(3, 1, 8, 8)
+    save_checkpoint(tmp_path / "m.safetensors", model, family="meanflow")
+    again = load_checkpoint(tmp_path / "m.safetensors")
+    assert family(again) == "meanflow" and cost(again)["evaluations"] == 1
+    with torch.no_grad():
+        assert torch.equal(model(noise, torch.arange(3)), again(noise, torch.arange(3)))
+    with pytest.raises(ConfigError, match="did you mean 'unet-digits'"):
+        create_meanflow("unet-digit", **SHAPE)
+
+
+def test_a_consistency_function_is_the_identity_at_its_lowest_level_whatever_its_weights():
+    f, x = Consistency(teacher(), sigma_min=0.01), torch.randn(4, 1, 8, 8)
+    for p in f.parameters():
+        torch.nn.init.normal_(p)
+    with torch.no_grad():
+        assert torch.equal(f(x, 0.01), x.double()) and not torch.equal(f(x, 0.011), x.double())
+
+
+def test_one_level_is_no_consistency_distillation():
+    with pytest.raises(ConfigError, match="at least two levels"):
+        distill_consistency(teacher(), DIGITS, ConsistencyConfig(num_steps=1), SHORT)
+
+
+def seen_labels(steps, conditional=False, **options):
+    "The labels of every call of teacher and student in progressive distillation."
     seen = []
 
     class Spy(torch.nn.Module):
@@ -159,11 +263,31 @@ def test_progressive_distillation_without_classes_never_shows_a_label():
         def __deepcopy__(self, memo):
             return Spy()
 
-    for _ in distill_progressively(
-        Spy(), DIGITS, ProgressiveConfig(start=2), TrainConfig(steps=2, batch_size=4), conditional=False
-    ):
+    cfg = ProgressiveConfig(**options)
+    for _ in distill_progressively(Spy(), DIGITS, cfg, TrainConfig(steps=steps, batch_size=4), conditional=conditional):
         pass
+    return seen
+
+
+def test_progressive_distillation_without_classes_never_shows_a_label():
+    seen = seen_labels(2, start=2)
     assert len(seen) == 6 and all(y is None for y in seen)
+
+
+@pytest.mark.parametrize("solver, first", [("ddim", 2), ("heun", 4)])
+def test_only_the_first_halving_asks_its_teacher_for_heun_s_steps(solver, first):
+    assert len(seen_labels(1, start=8, solver=solver)) == (first + 1) + 2 * (2 + 1)
+
+
+def test_a_step_of_heun_s_that_ends_at_zero_is_euler_s_whatever_is_beside_it():
+    denoiser, g = IdealDenoiser(DIGITS.batch(range(20))[0]), torch.Generator().manual_seed(0)
+    s, s1 = (torch.tensor(v, dtype=torch.float64).view(-1, 1, 1, 1) for v in ([2.0, 0.01, 0.5], [1.0, 0.0, 0.0]))
+    x = s * torch.randn(3, 1, 8, 8, generator=g, dtype=torch.float64)
+    together = heun_step(denoiser, x, s, s1)
+    alone = torch.cat([heun_step(denoiser, x[i : i + 1], s[i : i + 1], s1[i : i + 1]) for i in range(3)])
+    assert torch.allclose(together, alone, atol=1e-6)
+    euler = x + (s1 - s) * (x - denoiser(x.float(), s.flatten().float())) / s
+    assert torch.allclose(together[1:], euler[1:], atol=1e-6) and (together[0] - euler[0]).abs().max() > 1e-3
 
 
 def test_a_gan_state_of_another_run_is_refused(tmp_path):
@@ -284,10 +408,24 @@ def test_no_method_is_graded_by_the_network_it_was_trained_against():
 
 def test_the_families_that_are_compared_get_the_same_compute_and_three_rates_or_three_seeds():
     stages = load_profile(ROOT, "cpu-full")
-    for rates in (("kd_low", "kd_mid", "kd_high"), ("progressive_low", "progressive_mid", "progressive_high")):
-        assert len({stages[n].params["lr"] for n in rates}) == 3
-    equal = [n for n in stages if n.split("_")[0] in ("kd", "progressive", "gdd") and not n.endswith("half")]
-    assert len({stages[n].params["tflop"] for n in equal}) == 1 and len(equal) == 15
-    for method in ("gdd_i", "hybrid"):
+    assert len({stages[n].params["lr"] for n in ("kd_low", "kd_mid", "kd_high")}) == 3
+    compared = [t for row in stages["table_6_families"].rows.values() for t in row.get("training", [])]
+    methods = ("kd", "progressive", "consistency", "meanflow", "gdd")
+    equal = [t for t in compared if stages[t].notebook.stem in methods]
+    assert {stages[t].params["tflop"] for t in equal} == {11.0} and len(equal) == 19
+    for method in ("progressive", "consistency", "meanflow", "gdd_i", "hybrid"):
         assert [stages[f"{method}_{s}"].params["seed"] for s in (0, 1, 2)] == [0, 1, 2]
     assert [stages[f"hybrid_{s}"].inputs["student"] for s in (0, 1, 2)] == ["get_0", "get_1", "get_2"]
+
+
+@pytest.mark.parametrize("method, budget", [("progressive", 2.75), ("consistency", 11.0), ("meanflow", 2.75)])
+def test_a_rate_that_is_used_lies_inside_the_four_that_were_tried(method, budget):
+    stages = load_profile(ROOT, "cpu-full")
+    rows = stages["table_6_rates"].rows
+    shown = {t for row in rows.values() for t in row["training"]}
+    used = {k: v for k, v in stages[f"{method}_0"].params.items() if k not in ("lr", "tflop", "seed", "samples", "out")}
+    alike = [stages[t].params for t in shown if used.items() <= stages[t].params.items()]
+    rates = sorted(p["lr"] for p in alike if p["tflop"] == budget)
+    assert len(set(rates)) == len(rates) == 4
+    chosen = {stages[f"{method}_{s}"].params["lr"] for s in (0, 1, 2)} | {stages[f"{method}_uncond"].params["lr"]}
+    assert len(chosen) == 1 and rates[0] < chosen.pop() < rates[-1]

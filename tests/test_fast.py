@@ -1,11 +1,13 @@
 """The fast path: the same images, gradients and training as the model behind it, its compile that may fail, and what it refuses."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -565,12 +567,14 @@ def test_an_answer_is_kept_per_machine_and_measured_once(choosing, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"x": 3}', '{"x": {"q": {}}}', "\x00"])
-def test_a_damaged_file_of_answers_is_written_anew(choosing, content):
+def test_a_damaged_file_of_answers_is_ignored_with_one_line_and_written_anew(choosing, content, capsys):
     path = choices.choices_file()
     path.parent.mkdir()
     path.write_text(content, encoding="utf-8")
     assert choices.choose("question", Clock(a=1.0, b=None).candidates) == "a"
     assert list(choices.remembered().values())[0]["question"]["answer"] == "a"
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(path) in said
 
 
 @pytest.mark.parametrize("place", ["/proc/nowhere", "/dev/null/cache"])
@@ -613,25 +617,81 @@ def test_every_plan_makes_the_same_images_and_gradients(training, kernels):
         assert a is None or (a - b).norm() <= (0.1 if training == "bf16" else 1e-4) * b.norm() + 1e-6
 
 
-def test_a_resumed_training_keeps_the_plan_it_began_with(choosing):
-    "Bit for bit, whatever the machine has come to think since."
+def test_the_plan_of_a_checkpoint_holds_whatever_the_machine_has_come_to_think_since(choosing):
     plan = Plan(training="bf16", sampling="float32", bf16=Kernels(forward="onednn", gelu="kept"))
-    first = Fast(awake(), "bf16")
+    first, other = Fast(awake(), "bf16"), Fast(awake(), "bf16")
     first.plan = plan
-    first.settle(4, choosing / "state")
-    other = Fast(awake(), "bf16")
-    assert other.settle(4, choosing / "state") == plan and other.plan == plan
+    other.restore(json.loads(json.dumps(first.state(4))))
+    assert other.plan == plan and other.settle(4) == plan and not choices.remembered()
 
 
 def test_resumed_without_the_library_it_goes_on_and_says_so(choosing, monkeypatch, capsys):
-    fast = Fast(awake(), "bf16")
+    fast, other = Fast(awake(), "bf16"), Fast(awake(), "bf16")
     fast.plan = Plan(training="float32", sampling="bf16", float32=Kernels(forward="onednn", packed=True))
-    fast.settle(4, choosing / "state")
-    monkeypatch.setattr(blocks, "has_one_dnn", lambda: False)
-    other = Fast(awake(), "bf16")
-    assert other.settle(4, choosing / "state").float32 == Kernels()
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    other.restore(fast.state(4))
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "oneDNN" in said
+    assert other.plan.float32 == Kernels() and said.count("\n") == 1 and "oneDNN" in said and "bits may differ" in said
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_without_torchs_private_operators_the_public_ones_are_timed_and_used(choosing, monkeypatch, precision):
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    model = awake(depth=1)
+    fast, (noise, labels) = Fast(model, precision), batch(model)
+    with torch.no_grad():
+        image = model(noise, labels)
+    assert (fast(noise, labels) - image).abs().mean() < 0.05 * image.std()
+    fast.unrolled(noise, labels, n_iter=2)[-1].sum().backward()
+    answers = [v["answer"] for v in choices.remembered()[choices.machine()].values()]
+    assert answers and not {"onednn", "packed"} & set(answers) and fast.plan.float32.forward == "torch"
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad, partial(torch.autocast, "cpu", torch.bfloat16)])
+def test_what_surrounds_the_first_call_reaches_neither_the_measurement_nor_the_runs_random_numbers(choosing, around):
+    model = awake(depth=1, tol=None, select="last")
+    noise, labels = batch(model)
+    seen, run = set(), blocks._block_call
+
+    def watched(*args):
+        call = run(*args)
+        return lambda: (seen.add((torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))), call())
+
+    before = torch.get_rng_state()
+    with pytest.MonkeyPatch.context() as patch, around():
+        patch.setattr(blocks, "_block_call", watched)
+        Fast(model, "bf16")(noise, labels)
+    assert torch.equal(torch.get_rng_state(), before) and seen == {(False, False)}
+    for question, answer in choices.remembered()[choices.machine()].items():
+        assert len(answer["seconds"]) > 1, question  # every candidate could be run
+
+
+def test_a_sampling_call_is_timed_as_it_will_be_run(choosing, monkeypatch):
+    "With packed weights, if they are the plan."
+    packed = []
+    monkeypatch.setattr(blocks, "pack_block", lambda w, rows, pack=blocks.pack_block: packed.append(1) or pack(w, rows))
+    monkeypatch.setattr(kernels, "choose", lambda question, candidates: list(candidates)[-1])
+    model = awake(depth=1)
+    assert Fast(model).settle(5).float32.packed and packed
+
+
+EACH = [Kernels(), Kernels(forward="onednn", backward="onednn"), Kernels(gelu="kept")]
+EACH += [Kernels(attention=way) for way in ("mixed", "formula")]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+@pytest.mark.parametrize("how", EACH, ids=lambda k: f"{k.forward}-{k.attention}-{k.gelu}")
+def test_no_choice_needs_more_memory_in_a_training_step_than_the_reference(how, precision):
+    model, peak = awake(depth=1), {}
+    noise, labels = batch(model, 32)
+    fast = Fast(model, precision)
+    fast.plan = Plan(training=precision, sampling=precision, float32=how, bf16=how)
+    for name, run in dict(reference=model, ours=fast).items():
+        model.zero_grad()
+        with LiveMemory() as live:
+            distill_loss(run, noise, labels, noise, DistillConfig()).backward()
+        peak[name] = live.peak
+    assert peak["ours"] <= peak["reference"], peak
 
 
 def test_a_training_that_is_interrupted_ends_the_same_though_the_answers_have_changed(choosing, monkeypatch):

@@ -262,7 +262,7 @@ def test_precision_and_recall_hold_a_few_rows_of_distances_and_say_what_all_at_o
     assert max(seen) == 300 * 300
     seen.clear()
     monkeypatch.setattr(metrics, "DISTANCES", 6000)
-    out = compare(a, torch.zeros(200), Network())
+    out = compare(a, torch.zeros(200, 1, 1, 1, dtype=torch.uint8), Network())
     assert max(seen) <= 6000 and (out["precision"], out["recall"]) == (whole["precision"], whole["recall"])
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from get_nb.consistency import Consistency, consistency_loss, pseudo_huber
 from get_nb.discriminator import (
     ClassifierPyramid,
     Discriminator,
@@ -22,13 +23,14 @@ from get_nb.kd import OneStep
 from get_nb.lab.classifier import create_classifier
 from get_nb.lab.core import seed_everything
 from get_nb.lab.fast import Fast
+from get_nb.meanflow import create_meanflow, meanflow_loss
 from get_nb.precond import edm_loss
 from get_nb.presets import build_model
 from get_nb.progressive import progressive_loss
 from get_nb.sampler import edm_sigmas
 from get_nb.teachers import build_teacher
 
-SHAPE = dict(image_size=8, channels=1)
+SHAPE, UNET = dict(image_size=8, channels=1), dict(base=8, mult=(1,), blocks=1, attention=(8,))
 TWICE, PENALISED = DistillConfig(n_iter=2), DistillConfig(n_iter=2, residual=0.1)
 
 
@@ -43,7 +45,7 @@ class Batch:
 
 
 def teacher(num_classes=3):
-    return build_teacher("unet-digits", num_classes=num_classes, **SHAPE, base=8, mult=(1,), blocks=1, attention=(8,))
+    return build_teacher("unet-digits", num_classes=num_classes, **SHAPE, **UNET)
 
 
 def get(name="GET-digits/2", **options):
@@ -87,6 +89,39 @@ def halving(net, b):
     return progressive_loss(net, b.other, b.x, b.y, b.x, place, sigmas, "truncated")
 
 
+def neighbours(net, b):
+    place, sigmas = torch.arange(3) % 2, edm_sigmas(4)[:-1]
+    return consistency_loss(net, b.other, b.x, b.y, b.x, place, sigmas, pseudo_huber)
+
+
+class Velocity(nn.Module):
+    "MeanFlow's interface on one convolution of the mixture and its two times."
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 1, 3, padding=1)
+
+    def velocity(self, z, t, r, labels):
+        """An average velocity.
+
+        Args:
+            z: (B, 1, H, W)
+            t: (B,)
+            r: (B,)
+            labels: not used
+
+        Returns:
+            (B, 1, H, W)
+        """
+        times = [v.view(-1, 1, 1, 1).expand_as(z) for v in (t, r)]
+        return torch.tanh(self.conv(torch.cat([z, *times], 1)))
+
+
+def average_velocity(net, b):
+    t, r = torch.tensor([0.9, 0.7, 0.5]), torch.tensor([0.2, 0.7, 0.1])
+    return meanflow_loss(lambda z, t, r: net.velocity(z, t, r, b.y), b.x, b.x.flip(0), t, r)["loss"]
+
+
 LOSSES = {  # the network that learns, and its loss
     "teacher": (teacher, lambda net, b: edm_loss(net, b.x, b.y, b.x.flip(0), b.x[:, 0, 0, 0], -1.2, 1.2)),
     "classifier": (small_classifier, lambda net, b: F.cross_entropy(net(b.x), b.y)),
@@ -95,6 +130,8 @@ LOSSES = {  # the network that learns, and its loss
     "ViT": (lambda: get("ViT-digits/2"), distance),
     "KD": (lambda: OneStep(teacher()), distance),
     "progressive": (teacher, halving),
+    "consistency": (lambda: Consistency(teacher()), neighbours),
+    "MeanFlow, one convolution": (Velocity, average_velocity),
     "GDD, critic": (
         lambda: critic(ClassifierPyramid(small_classifier())),
         lambda net, b: discriminator_loss(net(b.x, b.y), net(b.x.flip(0), b.y)),
@@ -145,6 +182,14 @@ def test_the_denoiser_compiles_to_one_graph(num_classes):
 def implicit(net, x):
     z, _ = equilibrium(lambda z: torch.tanh(net(z) + x), torch.zeros_like(x), "implicit", max_iter=5)
     return z.sum()
+
+
+def test_a_compiler_has_no_forward_mode_derivative_of_a_group_norm():
+    net = create_meanflow("unet-digits", num_classes=3, **SHAPE, **UNET)
+    b = Batch(torch.randn(3, 1, 8, 8), torch.arange(3), None, None)
+    assert average_velocity(net, b).isfinite()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="group_norm"):
+        torch.compile(average_velocity, fullgraph=True, backend="aot_eager")(net, b)
 
 
 CALLS_AUTOGRAD = {  # what calls autograd inside of the loss, which fullgraph refuses

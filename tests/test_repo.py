@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_every_name_of_get_nb_is_there_and_explains_itself():
         assert module not in get_nb.__all__, f"the module {module} would hide the name"
 
 
-def test_environment_yml_and_setup_say_what_settings_ini_says():
+def test_environment_yml_says_what_settings_ini_says():
     cfg = SETTINGS["DEFAULT"]
     wanted = [*cfg["requirements"].split(), *cfg["dev_requirements"].split()]
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
@@ -160,13 +161,45 @@ def test_environment_yml_and_setup_say_what_settings_ini_says():
     assert "tags" in cfg["allowed_cell_metadata_keys"].split()
 
 
+def test_the_metadata_of_pyproject_say_what_settings_ini_says():
+    cfg, text = SETTINGS["DEFAULT"], (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    project = tomllib.loads(text)["project"]
+    extras = {k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")}
+    same = dict(
+        name=cfg["lib_name"],
+        description=cfg["description"],
+        keywords=cfg["keywords"].split(),
+        dependencies=cfg["requirements"].split(),
+        scripts=dict(s.split("=") for s in cfg["console_scripts"].split()),
+        authors=[dict(name=cfg["author"], email=cfg["author_email"])],
+    )
+    assert {k: project[k] for k in same} == same and project["optional-dependencies"] == extras
+    assert project["requires-python"] == f">={cfg['min_python']}" and project["dynamic"] == ["version"]
+    assert project["urls"]["Source"] == f"https://github.com/{cfg['user']}/{cfg['repo']}"
+    assert f'__version__ = "{cfg["version"]}"' in (ROOT / "get_nb/__init__.py").read_text(encoding="utf-8")
+
+
+def test_the_type_checker_reads_every_public_name():
+    import get_nb
+
+    used = set(re.findall(r"get_nb\.(\w+)", (ROOT / "tests/surface.py").read_text(encoding="utf-8")))
+    assert set(get_nb.__all__) <= used
+
+
+@pytest.mark.slow
+def test_the_public_surface_has_no_type_errors():
+    pytest.importorskip("mypy", reason="the extra `types`: make types installs it")
+    done = subprocess.run([sys.executable, "-m", "mypy", "--cache-dir=/dev/null"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_every_requirement_is_pinned():
     pinned = {
         re.split(r"==", line)[0].lower().replace("_", "-")
         for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
         if "==" in line
     }
-    for requirement in (SETTINGS["DEFAULT"]["requirements"] + " " + SETTINGS["DEFAULT"]["dev_requirements"]).split():
+    for requirement in " ".join(v for k, v in SETTINGS["DEFAULT"].items() if k.endswith("requirements")).split():
         assert re.split(r"[<>=]", requirement)[0].lower().replace("_", "-") in pinned, requirement
 
 
@@ -255,4 +288,4 @@ def test_what_people_cite_and_what_a_machine_runs_agree_with_settings_ini():
     assert {"run": ".ci/run"} in workflow["jobs"]["test"]["steps"]
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## {s['version']}" in changes and "## Unreleased" in changes
-    assert (ROOT / "get_nb/py.typed").is_file() and "py.typed" in (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert (ROOT / "get_nb/py.typed").is_file() and "py.typed" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """What is wrong is said in one line, with exit code 2: prices, profiles, manifests, launched notebooks, options that exclude each other."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -13,8 +14,8 @@ from get_nb.lab import cli, launch
 from get_nb.lab.core import ConfigError
 from get_nb.lab.core import FileError
 from get_nb.lab.price import measured_rates
-from get_nb.lab.parameters import check_parameters, declared_parameters
-from get_nb.lab.profiles import load_profile
+from get_nb.lab.parameters import check_parameters, code_cells, declared_parameters
+from get_nb.lab.profiles import WIRING, load_profile, select_stages
 
 PAPER = ROOT / "nbs/paper"
 
@@ -204,7 +205,7 @@ def test_a_stage_or_a_group(said, command):
 @pytest.mark.parametrize("stage", [None, "pairs"])
 def test_a_dry_run_says_what_fresh_would_run(monkeypatch, capsys, tmp_path, stage):
     monkeypatch.setattr(cli, "why_run", lambda *a: "")
-    cli._list_stages(ROOT, "smoke", stage, None, tmp_path, False, fresh=True)
+    cli._list_stages(cli._stage_states(ROOT, "smoke", stage, None, tmp_path, False, fresh=True))
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert lines["pairs"].endswith("asked for") and ("asked for" in lines["teacher"]) == (stage is None)
 
@@ -220,6 +221,39 @@ def test_every_task_of_the_benchmark_can_be_asked_for():
 @pytest.mark.parametrize("path", sorted((PAPER / "profiles").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_profile_has_the_right_shape(path):
     assert load_profile(ROOT, path.stem)
+
+
+@pytest.mark.parametrize("path", sorted((PAPER / "profiles").glob("*.yaml")), ids=lambda p: p.stem)
+def test_no_parameter_of_a_profile_names_another_stage(path):
+    stages, named = load_profile(ROOT, path.stem), []
+    for s in stages.values():
+        declared = declared_parameters(s.notebook)
+        texts = {k: v for k, v in s.params.items() if declared[k][0] in (str, list, dict) and k not in WIRING}
+        named += [(s.name, k) for k, v in texts.items() for leaf in _texts(v) if leaf in stages and leaf != s.name]
+    assert not named  # --stage would not run it first, and a change of it would go unnoticed
+
+
+def _texts(value):
+    if isinstance(value, dict | list):
+        return [t for part in (value.values() if isinstance(value, dict) else value) for t in _texts(part)]
+    return [value]
+
+
+DRAWING = [p for p in sorted(PAPER.glob("*.ipynb")) if "rows" in declared_parameters(p)]
+
+
+@pytest.mark.parametrize("path", DRAWING, ids=lambda p: p.stem)
+def test_a_page_that_draws_reads_no_records_but_those_of_its_rows(path):
+    others = declared_parameters(path).keys() - WIRING
+    calls = [n for cell in code_cells(path) for n in ast.walk(ast.parse(cell)) if isinstance(n, ast.Call)]
+    opened = [n for n in calls if ast.unparse(n.func) in ("read_record", "read_rows")]
+    assert opened
+    assert not others & {n.id for call in opened for n in ast.walk(call) if isinstance(n, ast.Name)}
+
+
+def test_a_figure_alone_is_drawn_after_all_that_it_shows():
+    wanted = select_stages(load_profile(ROOT, "smoke"), stage="figure_quality_compute")
+    assert {"evaluate_teacher", "teacher", "kd", "pairs"} <= wanted.keys()
 
 
 def test_doctor_outside_a_clone_says_so_and_lists_the_rest(tmp_path):

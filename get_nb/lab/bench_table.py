@@ -41,7 +41,7 @@ _MEASURED = dict(
     speedup=("times the reference", 2),
 )
 
-# %% ../../nbs/lab/45_bench_table.ipynb #928f297a
+# %% ../../nbs/lab/45_bench_table.ipynb #5035401f
 def _choices(record: dict) -> list:
     "What was taken where it was chosen by measuring, on a CPU."
     rows = [r for r in record["rows"] if r["row"] == "bf16" and r.get("chosen")]
@@ -54,11 +54,13 @@ def _notes(record: dict) -> list:
     c, h, peaks = record["config"], record["provenance"]["hardware"], record["peaks"]
     gpu = record["device"] == "cuda"
     single = "TF32" if gpu else "float32"
+    product = record["peak_products"]["float32"][0]
+    ours = "" if product == "torch.mm" else f", {peaks['float32'] / 1e12:.2f} by {product}"
     machine = (
         f"{record['processor']}, {h['threads']} CPU threads, measured on {record['date']}. "
         "Peak of matrix products, measured in every round, at the median: "
-        f"{peaks['reference'] / 1e12:.2f} TFLOP/s by torch.mm in {single}, which the reference calls, "
-        f"{peaks['float32'] / 1e12:.2f} by {record['peak_products']['float32'][0]}; {peaks['bf16'] / 1e12:.2f} in bf16."
+        f"{peaks['reference'] / 1e12:.2f} TFLOP/s by torch.mm in {single}, which the reference calls{ours}; "
+        f"{peaks['bf16'] / 1e12:.2f} in bf16."
     )
     rounds = (
         f"{c['image_size']}x{c['image_size']}, batch {c['batch_size']}, {c['rounds']} interleaved rounds after one to "

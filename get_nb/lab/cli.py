@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['cli', 'main']
 
-# %% ../../nbs/lab/48_cli.ipynb #3980f94f
+# %% ../../nbs/lab/48_cli.ipynb #ea15956d
+import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -18,13 +20,20 @@ from .pipeline import StageError, run_profile
 from .profiles import load_profile, select_stages
 from .publishing import compare_tables, publish_profile, publish_redrawn, redraw
 from .stages import read_manifest, read_stamp, why_run
-from .surroundings import Terminated, catch_termination, find_home, soften_streams
+from .surroundings import Terminated, catch_termination, find_home, release_termination, soften_streams
 
-# %% ../../nbs/lab/48_cli.ipynb #5c631f78
+# %% ../../nbs/lab/48_cli.ipynb #9f2cd256
 @click.group(cls=Commands, context_settings=dict(help_option_names=["-h", "--help"]))
 @click.version_option(package_name="get_nb", prog_name="get-nb")
 def cli():
-    "get_nb: one-step diffusion distillation with deep equilibrium models, as a chain of notebooks."
+    """get_nb: one-step diffusion distillation with deep equilibrium models, as a chain of notebooks.
+
+    \b
+    get-nb sample fashion-get -n 64 --out clothes.png   images from shipped weights
+    get-nb reproduce --dry-run                          what the chain would run, and its price
+    get-nb reproduce                                    train, distil, evaluate, draw
+    get-nb doctor                                       what is there, and what is missing
+    """
 
 
 for _command in MODEL_COMMANDS:
@@ -35,7 +44,7 @@ def _fail(code: int, message):
     click.echo(f"get-nb: {' '.join(str(message).split())}", err=True)
     sys.exit(code)
 
-# %% ../../nbs/lab/48_cli.ipynb #3135acf6
+# %% ../../nbs/lab/48_cli.ipynb #10baef96
 def main(args=None):
     """Entry point of `get-nb`; leaves the process with exit code 0, 1, 2, 130 when interrupted, 143 when terminated.
 
@@ -43,7 +52,7 @@ def main(args=None):
         args: words of the command line; None: those that the process was started with
     """
     soften_streams()
-    catch_termination()
+    before, root = catch_termination(), os.environ.get("GET_NB_ROOT")
     moved = find_home()
     if moved:
         click.echo(f"get-nb: {moved}", err=True)
@@ -64,6 +73,10 @@ def main(args=None):
         _fail(1, e)
     except OSError as e:
         _fail(2, f"{e.filename or ''}: {e.strerror or e}")
+    finally:  # who calls this from Python gets the process back as it was
+        release_termination(before)
+        os.environ.pop("GET_NB_ROOT", None)
+        os.environ.update({} if root is None else dict(GET_NB_ROOT=root))
 
 # %% ../../nbs/lab/48_cli.ipynb #dcc6c099
 _KEEP_HELP = (
@@ -100,31 +113,53 @@ def _options(*names):
 
     return wrap
 
-# %% ../../nbs/lab/48_cli.ipynb #60bd4c28
-def _list_stages(root, profile, stage, group, runs, keep, fresh=False):
-    "Print each stage, how long it took (here, or when it was published), and whether it is up to date."
+# %% ../../nbs/lab/48_cli.ipynb #f8c1c3b9
+_JSON = click.option("--json", "as_json", is_flag=True, help="For a machine to read.")
+
+
+def _paint(text: str, good: bool) -> str:
+    "Green or yellow on a terminal; plain elsewhere, and where NO_COLOR is set."
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+    return text if plain else click.style(text, fg="green" if good else "yellow")
+
+
+def _stage_states(root, profile, stage, group, runs, keep, fresh=False) -> list:
+    "Each stage, how long it took (here, or when it was published), whether it is up to date, and why not."
     name = Path(profile).stem
     folder, published = Path(runs or root / "runs") / name, read_manifest(root / "results" / name / "manifest.json")
-    stale = set()
+    stale, states = set(), []
     for s in select_stages(load_profile(root, profile), stage, group).values():
         stamp = read_stamp(folder / s.name) or published.get(s.name)
-        took = f"{stamp['seconds']:7.1f} s" if stamp else " " * 9
         reason = "asked for" if fresh and stage in (None, s.name) else why_run(s, folder, keep)
         first = next((n for n in s.needs if n in stale), None)
         if reason or first:
             stale.add(s.name)
         unless = f", unless {first} comes out different" if first else ""
-        click.echo(f"{s.name:28} {took}  {reason or 'up to date' + unless}")
+        about = dict(stage=s.name, group=s.group, seconds=stamp["seconds"] if stamp else None)
+        states.append(about | dict(up_to_date=not (reason or first), state=reason or "up to date" + unless))
+    return states
 
 
-def _show_price(root, profile, stage, group):
-    "Print evaluations, FLOPs, memory, disk and hours of the selected stages."
-    from get_nb.lab.price import measured_rates, price_stages, this_machine
+def _list_stages(states: list):
+    "Print the states of stages as a table."
+    wide = max(len(s["stage"]) for s in states)
+    grouped = max(len(s["group"]) for s in states) and max(5, *(len(s["group"]) for s in states)) + 2
+    click.echo(f"{'stage':{wide}}  {'group'[:grouped]:{grouped}}{'took':>9}  state")
+    for s in states:
+        took = "" if s["seconds"] is None else f"{s['seconds']:.1f} s"
+        row = f"{s['stage']:{wide}}  {s['group']:{grouped}}{took:>9}  "
+        click.echo(row + _paint(s["state"], s["up_to_date"]))
+    click.echo(f"{len(states)} stages, {sum(not s['up_to_date'] for s in states)} to run")
+
+
+def _price_of(root, profile, stage, group) -> dict:
+    "Evaluations, FLOPs, memory, disk and hours of the selected stages, as a table."
+    from get_nb.lab.price import measured_rates, price_table, this_machine
 
     selected = select_stages(load_profile(root, profile), stage, group)
-    click.echo("\n" + price_stages(selected, measured_rates(root / "results"), this_machine()))
+    return price_table(selected, measured_rates(root / "results"), this_machine())
 
-# %% ../../nbs/lab/48_cli.ipynb #ae4a4758
+# %% ../../nbs/lab/48_cli.ipynb #24bf9c77
 _CORES_HELP = "Cores to share among stages; by default as many as the largest stage has threads."
 
 
@@ -134,29 +169,74 @@ _CORES_HELP = "Cores to share among stages; by default as many as the largest st
 @click.option("--fresh", is_flag=True, help="Run selected stages even if they are up to date, from the start.")
 @click.option("--cores", type=click.IntRange(1), help=_CORES_HELP)
 @click.option("--redraw", "only_draw", is_flag=True, help="Only draw tables and figures, from the published records.")
-def _reproduce(profile, root, runs, only_draw, dry_run, cores, **which):
-    "Train, generate, evaluate and draw: everything of a profile that is not up to date."
+@_JSON
+def _reproduce(profile, root, runs, only_draw, dry_run, cores, as_json, **which):
+    """Train, generate, evaluate and draw: everything of a profile that is not up to date.
+
+    \b
+    get-nb reproduce --dry-run
+    get-nb reproduce --profile cpu-full --group students
+    get-nb reproduce --profile mine.yaml --stage table_2_conditional
+    """
     root, stage, group, keep, fresh = find_root(root), *(which[k] for k in ("stage", "group", "keep", "fresh"))
+    require(dry_run or not as_json, "--json goes with --dry-run: a run reports to those who read along")
     if only_draw:
         other = [k for k, v in dict(which, dry_run=dry_run, cores=cores).items() if v]
         beside = f"not with --{other[0].replace('_', '-')}" if other else ""
         require(not other, f"--redraw draws all that is published; it goes with --profile, --runs, --root, {beside}")
         redraw(root, profile, runs)
     elif dry_run:
-        _list_stages(root, profile, stage, group, runs, keep, fresh)
-        _show_price(root, profile, stage, group)
+        from get_nb.lab.records import table_markdown
+
+        states = _stage_states(root, profile, stage, group, runs, keep, fresh)
+        price = _price_of(root, profile, stage, group)
+        if as_json:
+            click.echo(json.dumps(dict(stages=states, price=price), indent=1))
+        else:
+            _list_stages(states)
+            click.echo("\n" + table_markdown(price))
     else:
         folder = run_profile(root, profile, stage, group, fresh, runs, cores, keep)
         selected = select_stages(load_profile(root, profile), stage, group)
         click.echo(compare_tables(folder, root / "results" / Path(profile).stem, selected))
         click.echo(f"pages to read: {folder}/*/notebook.html")
 
-# %% ../../nbs/lab/48_cli.ipynb #1b9ab71e
+# %% ../../nbs/lab/48_cli.ipynb #bd6b87dd
+@cli.command("new")
+@click.argument("name")
+@click.option("--data", required=True, help="folder:PATH: a folder with a sub-folder of pictures for each class.")
+@click.option("--size", default=0, type=click.IntRange(0), help="Pixels per side; by default what suits the pictures.")
+@click.option("--quick", is_flag=True, help="A few steps of everything: does it run?")
+@_options("root")
+def _new(name, data, size, quick, root):
+    """Look at your own pictures and write a profile for them, NAME.yaml, with reasons and a price.
+
+    \b
+    get-nb new birds --data folder:~/pictures/birds --size 28
+    get-nb reproduce --profile birds.yaml
+    """
+    root = find_root(root)
+    from get_nb.lab.own import write_profile
+
+    click.echo(write_profile(name, data, root, size, quick))
+
+
 @cli.command("stages")
 @_options("profile", "stage", "group", "root", "runs", "keep")
-def _stages(profile, stage, group, root, runs, keep):
-    "List the stages of a profile and whether they are up to date."
-    _list_stages(find_root(root), profile, stage, group, runs, keep)
+@_JSON
+def _stages(profile, stage, group, root, runs, keep, as_json):
+    """List the stages of a profile and whether they are up to date.
+
+    \b
+    get-nb stages
+    get-nb stages --profile cpu-full --group rivals
+    get-nb stages --json
+    """
+    states = _stage_states(find_root(root), profile, stage, group, runs, keep)
+    if as_json:
+        click.echo(json.dumps(states, indent=1))
+    else:
+        _list_stages(states)
 
 
 _REDRAWN_HELP = "Only tables, figures and pages, as 'reproduce --redraw' drew them from the published records."
@@ -166,7 +246,13 @@ _REDRAWN_HELP = "Only tables, figures and pages, as 'reproduce --redraw' drew th
 @_options("profile", "group", "root", "runs", "keep")
 @click.option("--redrawn", is_flag=True, help=_REDRAWN_HELP)
 def _publish(profile, group, root, runs, keep, redrawn):
-    "Copy records, tables, figures and their executed pages into results/<profile>."
+    """Copy records, tables, figures and their executed pages into results/<profile>.
+
+    \b
+    get-nb publish
+    get-nb publish --profile cpu-full --group students
+    get-nb publish --redrawn
+    """
     root = find_root(root)
     if not redrawn:
         click.echo(publish_profile(root, profile, group, runs, keep))
@@ -175,21 +261,30 @@ def _publish(profile, group, root, runs, keep, redrawn):
     require(not (group or keep), f"--redrawn publishes all that was redrawn; not with --{other}")
     click.echo(publish_redrawn(root, profile, runs))
 
-# %% ../../nbs/lab/48_cli.ipynb #30ffd291
+# %% ../../nbs/lab/48_cli.ipynb #f86d5691
 @cli.command("doctor")
 @_options("root")
-def _doctor(root):
-    "List what is there and what is missing."
+@_JSON
+def _doctor(root, as_json):
+    """List what is there and what is missing: packages, data, weights, clone, disk.
+
+    \b
+    get-nb doctor
+    get-nb doctor --json
+    """
     from get_nb.lab.doctor import examine
 
     found = examine(root)
-    for f in found:
-        click.echo(str(f))
+    if as_json:
+        click.echo(json.dumps([asdict(f) for f in found], indent=1))
+    else:
+        click.echo("\n".join(_paint(str(f), f.ok) for f in found))
     sys.exit(0 if all(f.ok for f in found if f.required) else 1)
 
-# %% ../../nbs/lab/48_cli.ipynb #cb9cd9cf
+# %% ../../nbs/lab/48_cli.ipynb #c08a7dd4
 _TASKS = click.Choice(["sampling", "training", "solvers", "teacher", "pairs"])
-_COUNT = click.IntRange(1)
+_COUNT = click.IntRange(1, 10**8)
+_THREADS = click.IntRange(0, 4096)
 
 
 @cli.command("bench")
@@ -200,17 +295,25 @@ _COUNT = click.IntRange(1)
 @click.option("--task", "tasks", multiple=True, type=_TASKS, help="Only this; repeat for several. By default all.")
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True, help="A row by torch.compile.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--threads", default=0, show_default=True, type=click.IntRange(0), help="CPU threads; 0: torch's choice.")
+@click.option("--threads", default=0, show_default=True, type=_THREADS, help="CPU threads; 0: torch's choice.")
 @click.option("--out", default="runs/bench", show_default=True, type=click.Path(file_okay=False), help="Folder.")
-def _bench(out, device, threads, tasks, **fields):
-    "The released formulation against ours: one table of speed and memory."
+@_JSON
+def _bench(out, device, threads, tasks, as_json, **fields):
+    """The released formulation against ours: one table of speed and memory.
+
+    \b
+    get-nb bench --task sampling --rounds 3
+    get-nb bench --size GET-T/2 --size GET-B/2 --device cuda --json
+    """
     from get_nb.lab.bench import BenchConfig
     from get_nb.lab.bench_table import bench_to_folder
 
     cfg = BenchConfig(**fields, **({"tasks": tasks} if tasks else {}))
-    click.echo(bench_to_folder(out, cfg, device, threads))
+    table = bench_to_folder(out, cfg, device, threads)
+    record = max(Path(out).glob("record_*/record.json"), key=lambda p: p.stat().st_mtime_ns)
+    click.echo(record.read_text(encoding="utf-8").strip() if as_json else table)
 
-# %% ../../nbs/lab/48_cli.ipynb #69c91a98
+# %% ../../nbs/lab/48_cli.ipynb #4588d010
 _GPUS = dict(multiple=True, default=(1, 8, 64), show_default=True, type=click.IntRange(1, 100_000))
 _RECORD_HELP = "record.json of get-nb bench on a GPU; by default the published one, if any."
 _SET_HELP = "An assumption, e.g. peak=8e14, training=0.4 or price=2.5; repeat for several."
@@ -220,13 +323,22 @@ _SET_HELP = "An assumption, e.g. peak=8e14, training=0.4 or price=2.5; repeat fo
 @click.option("--gpus", **_GPUS, help="Number of GPUs; repeat for several.")
 @click.option("--record", type=click.Path(), help=_RECORD_HELP)
 @click.option("--set", "given", multiple=True, metavar="NAME=NUMBER", help=_SET_HELP)
-def _price(gpus, record, given):
-    "What the paper's run would take: time, memory, network and money."
-    from get_nb.lab.price import price_paper
+@_JSON
+def _price(gpus, record, given, as_json):
+    """What the paper's run would take: time, memory, network and money.
+
+    \b
+    get-nb price --gpus 8
+    get-nb price --set price=2.5 --set training=0.4 --json
+    """
+    from get_nb.lab.price import paper_tables, price_paper
 
     try:
         values = {k: float(v) for k, v in (g.split("=", 1) for g in given)}
     except ValueError:
         raise ConfigError(f"--set {' '.join(given)}: NAME=NUMBER, e.g. peak=8e14") from None
     whole = {k: int(v) for k, v in values.items() if k in ("per_machine", "samples") and v.is_integer()}
-    click.echo(price_paper(gpus, record, **values | whole))
+    if as_json:
+        click.echo(json.dumps(paper_tables(gpus, record, **values | whole), indent=1))
+    else:
+        click.echo(price_paper(gpus, record, **values | whole))

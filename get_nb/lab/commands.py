@@ -42,8 +42,9 @@ class Commands(click.Group):
             raise click.UsageError(f"no such command {args[0]!r}{nearest(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
-# %% ../../nbs/lab/47_commands.ipynb #96126323
-_COUNT = click.IntRange(1)
+# %% ../../nbs/lab/47_commands.ipynb #4e9f3d3c
+_COUNT = click.IntRange(1, 10**8)
+_SEED = click.IntRange(0, 2**62)  # seeds are stored as int64
 _STEPS = click.option("--steps", type=_COUNT, help="Heun steps of a teacher; by default 18.")
 _PRECISION = click.option(
     "--precision", default="float32", show_default=True, type=click.Choice(["float32", "bf16"]), help="Of the network."
@@ -54,22 +55,30 @@ _LABEL_HELP = "Class; repeat for several, they are cycled. By default drawn from
 
 @click.command("sample")
 @click.argument("weights", type=click.Path())
-@click.option("--n", default=16, show_default=True, type=_COUNT, help="Number of images.")
-@click.option("--seed", default=EVAL_SEED, show_default=True, type=click.IntRange(0), help=_SEED_HELP)
+@click.option("-n", "--n", default=16, show_default=True, type=_COUNT, help="Number of images.")
+@click.option("--seed", default=EVAL_SEED, show_default=True, type=_SEED, help=_SEED_HELP)
 @click.option("--label", "labels", type=int, multiple=True, help=_LABEL_HELP)
 @click.option("--iterations", type=_COUNT, help="Iterations of a GET; by default its preset.")
 @_STEPS
 @_PRECISION
 @click.option("--out", default="samples.png", show_default=True, type=click.Path(dir_okay=False), help=".png or .npz.")
 def _sample(weights, n, seed, labels, iterations, steps, precision, out):
-    "Generate images with a GET, a ViT or a teacher: own (.safetensors) or released weights (.pth, .pkl)."
+    """Generate images with a GET, a ViT or a teacher.
+
+    WEIGHTS: a shipped name, own weights (.safetensors) or released ones (.pth, .pkl).
+
+    \b
+    get-nb sample fashion-get -n 64 --out clothes.png
+    get-nb sample fashion-teacher --steps 18
+    get-nb sample runs/cpu/get/student.safetensors --label 3 --label 7
+    """
     require(Path(out).suffix in (".png", ".npz"), f"--out {out}: a .png or .npz file")
     from get_nb.lab.evaluate import sample_to_file
 
     sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps, precision=precision)
     click.echo(f"{out}: {n} images from seeds {seed}..{seed + n - 1}")
 
-# %% ../../nbs/lab/47_commands.ipynb #5213f93b
+# %% ../../nbs/lab/47_commands.ipynb #a872d9e0
 _SAMPLES_HELP = (
     "Number of images; by default 50,000, and 5,000 with a classifier. "
     "(Under torchrun write --samples: it takes --n for its own.)"
@@ -84,7 +93,7 @@ _CLASSIFIER_HELP = "Checkpoint of a classifier of the chain as feature network; 
 @click.option("--data", help=_DATA_HELP)
 @click.option("--train-stats", type=click.Path(), help="Statistics of the training split: .npz with mu and sigma.")
 @click.option("--test-stats", type=click.Path(), help="Statistics of the test split, likewise.")
-@click.option("--samples", "--n", type=click.IntRange(10), help=_SAMPLES_HELP)
+@click.option("--samples", "--n", type=click.IntRange(10, 10**8), help=_SAMPLES_HELP)
 @click.option("--unconditional", is_flag=True, help="Give no labels to a conditional teacher.")
 @_STEPS
 @click.option("--batch", "batch_size", default=500, show_default=True, type=_COUNT, help="Images per forward pass.")
@@ -94,7 +103,12 @@ _CLASSIFIER_HELP = "Checkpoint of a classifier of the chain as feature network; 
 def _evaluate(weights, classifier, train_stats, test_stats, out, **how):
     """FID, KID, IS, precision, recall and cost of weights, against both splits.
 
-    WEIGHTS: own (.safetensors), GET's (.pth) or EDM's (.pkl).
+    WEIGHTS: a shipped name, own (.safetensors), GET's (.pth) or EDM's (.pkl).
+    The json goes to stdout or to a file, the table to stderr.
+
+    \b
+    get-nb evaluate runs/cpu/get/student.safetensors --classifier runs/cpu/classifier/classifier.safetensors
+    get-nb evaluate get-b.pth --data cifar10 --json get-b.json
 
     On 8 GPUs: torchrun --nproc-per-node 8 $(which get-nb) evaluate WEIGHTS --samples 50000
     """
@@ -110,7 +124,7 @@ def _evaluate(weights, classifier, train_stats, test_stats, out, **how):
     else:
         click.echo(json.dumps(result, indent=1))
 
-# %% ../../nbs/lab/47_commands.ipynb #a5614041
+# %% ../../nbs/lab/47_commands.ipynb #7a5931ae
 _TARGET_HELP = "A .safetensors file, or a folder for pairs; by default its name, here; for a data set the data folder."
 
 
@@ -119,7 +133,12 @@ _TARGET_HELP = "A .safetensors file, or a folder for pairs; by default its name,
 @click.option("--out", type=click.Path(), help=_TARGET_HELP)
 @click.option("--download", is_flag=True, help="With FILE cifar10 or fashion-mnist: fetch it into the data folder.")
 def _import(file, out, download):
-    "Read a released file, without running it, into our formats."
+    """Read a released file, without running it, into our formats.
+
+    \b
+    get-nb import get-b-uncond.pth --out get-b.safetensors
+    get-nb import fashion-mnist --download
+    """
     sets = ("cifar10", "fashion-mnist")
     only = f"--download: only {' and '.join(sets)} can be fetched, not {file!r}; put the file here yourself"
     require(not download or file in sets, only)
@@ -135,16 +154,25 @@ def _import(file, out, download):
     for split in ("train", "test"):
         click.echo(f"{split}: {len(load(split, out, download=download)):,} images, checksums as published")
 
-# %% ../../nbs/lab/47_commands.ipynb #ccc83f32
+# %% ../../nbs/lab/47_commands.ipynb #f896224c
 @click.group("pairs", cls=Commands)
 def _pairs():
-    "Look at, check or join folders of pairs."
+    """Look at, check or join folders of pairs.
+
+    \b
+    get-nb pairs info runs/cpu/pairs
+    get-nb pairs verify runs/cpu/pairs
+    """
 
 
 @_pairs.command("info")
 @click.argument("folder", type=click.Path())
 def _info(folder):
-    "What a folder of pairs holds, as json."
+    """What a folder of pairs holds, as json.
+
+    \b
+    get-nb pairs info runs/cpu/pairs
+    """
     from get_nb.lab.store import pairs_info
 
     click.echo(json.dumps(pairs_info(folder), indent=1))
@@ -153,7 +181,11 @@ def _info(folder):
 @_pairs.command("verify")
 @click.argument("folder", type=click.Path())
 def _verify(folder):
-    "Hash every shard again and compare with the manifest."
+    """Hash every shard again and compare with the manifest.
+
+    \b
+    get-nb pairs verify runs/cpu/pairs
+    """
     from get_nb.lab.store import read_pairs_manifest, verify_pairs
 
     wrong, shards = verify_pairs(folder, afresh=True), len(read_pairs_manifest(folder)["shards"])
@@ -165,7 +197,11 @@ def _verify(folder):
 @click.argument("target", type=click.Path())
 @click.argument("folders", nargs=-1, required=True, type=click.Path())
 def _merge(target, folders):
-    "Join FOLDERS, of one recipe and different seeds, in the new folder TARGET."
+    """Join FOLDERS, of one recipe and different seeds, in the new folder TARGET.
+
+    \b
+    get-nb pairs merge all_pairs pairs_0 pairs_1
+    """
     from get_nb.lab.generation import merge_pairs
 
     manifest = merge_pairs(folders, target)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileError', 'UnreadableFileError', 'UnsafeFileError',
-           'require', 'require_whole', 'require_model', 'require_config', 'nearest', 'config', 'explain',
-           'build_config', 'seed_of', 'rng', 'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup',
-           'autocast', 'send', 'is_main', 'find_root', 'home_folder', 'in_clone', 'progress']
+           'require', 'require_whole', 'require_model', 'whole_numbers', 'require_callable', 'require_config',
+           'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng', 'torch_rng', 'seed_everything',
+           'keep_memory', 'steady', 'setup', 'autocast', 'send', 'is_main', 'find_root', 'home_folder', 'in_clone',
+           'progress']
 
-# %% ../../nbs/lab/00_core.ipynb #5541876b
+# %% ../../nbs/lab/00_core.ipynb #511b90ae
 import ctypes
 import difflib
 import functools
@@ -17,10 +18,11 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from numbers import Integral
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, dataclass_transform
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
@@ -29,8 +31,9 @@ from tqdm.std import tqdm
 
 # %% ../../nbs/lab/00_core.ipynb #bdf86084
 def _in_one_line(message) -> str:
-    "A message without line breaks: what is quoted in it, such as a tensor, may have them."
-    return re.sub(r"\s*\n\s*", " ", str(message))
+    "A message without line breaks and of readable length: what is quoted in it, such as a tensor, may have neither."
+    text = re.sub(r"\s*\n\s*", " ", str(message))
+    return text if len(text) <= 1000 else f"{text[:700]} ... {text[-250:]}"
 
 
 class ConfigError(ValueError):
@@ -85,18 +88,53 @@ def require_whole(name: str, value, least: int = 1):
     require(whole, f"{name} = {value!r}: a whole number, at least {least}")
 
 # %% ../../nbs/lab/00_core.ipynb #15dfbe4f
-def require_model(what: str, model):
+def require_model(what: str, model, named: bool = False):
     """Refuse what is not a network.
 
     Args:
         what: it is called in the message
         model: what was given
+        named: it must know its own configuration, too
 
     Raises:
-        ConfigError: it is no torch module
+        ConfigError: it is no torch module, or not one that this package made
     """
     network = callable(model) and hasattr(model, "state_dict") and hasattr(model, "parameters")
     require(network, f"{what}: a torch module is needed, not a {type(model).__name__}")
+    advice = "make it with create_model, create_teacher or load_checkpoint"
+    require(not named or hasattr(model, "config"), f"{what}: a {type(model).__name__} without a config; {advice}")
+
+
+def whole_numbers(name: str, values) -> list:
+    """Refuse what is no list of whole numbers.
+
+    Args:
+        name: what they are
+        values: what was given
+
+    Returns:
+        them, in a list
+
+    Raises:
+        ConfigError: anything else
+    """
+    listed = isinstance(values, Sequence) and all(isinstance(v, Integral) for v in values)
+    require(listed, f"{name} = {values!r}: a list of whole numbers")
+    return list(values)
+
+
+def require_callable(**functions):
+    """Refuse what cannot be called.
+
+    Args:
+        **functions: name in the message -> what was given
+
+    Raises:
+        ConfigError: one of them is no function
+    """
+    for name, f in functions.items():
+        if not callable(f):
+            raise ConfigError(f"{name}: a function is needed, not a {type(f).__name__}")
 
 
 def require_config(cfg, cls):
@@ -130,11 +168,12 @@ def nearest(word: str, options) -> str:
         return f"; did you mean {close[0]!r}?"
     return f"; choose from {', '.join(sorted(options)) or '(none)'}"
 
-# %% ../../nbs/lab/00_core.ipynb #d7d6ff41
+# %% ../../nbs/lab/00_core.ipynb #99e02d62
 Fraction = Annotated[float, Field(ge=0, le=1)]  # a probability or share
 Ints = Annotated[tuple[int, ...], Field(strict=False)]  # a list from yaml or json becomes a tuple
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls):
     """Class decorator: a frozen, keyword-only dataclass with validated fields (strict types, no unknown key).
 
@@ -309,13 +348,14 @@ def setup(device: str = "auto", threads: int = 0, tf32: bool = False):
 
     if threads:
         torch.set_num_threads(threads)
-    known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device)
+    known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(device))
     require(known, f"device {device!r}{nearest(device, ['auto', 'cpu', 'cuda', 'cuda:0'])}")
-    if device == "mps":
-        print("device 'mps': Apple's GPU has no float64, which samplers need; the CPU is used", file=sys.stderr)
-        device = "cpu"
-    if device == "auto":
+    if device == "auto" and not torch.backends.mps.is_available():
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device in ("auto", "mps"):
+        if is_main():
+            print("Apple's GPU (mps) has no float64, which samplers need; the CPU is used", file=sys.stderr)
+        device = "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # one of several processes
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -424,9 +464,20 @@ class _FileBar(tqdm):
         path.with_suffix(".tmp").write_text(json.dumps(state), encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)
 
-# %% ../../nbs/lab/00_core.ipynb #d19a9b9e
+# %% ../../nbs/lab/00_core.ipynb #25a556f0
+class _LogBar(tqdm):
+    "A tqdm bar for a log: a new line, at most one a minute, instead of one that is written over."
+
+    def display(self, msg=None, pos=None):
+        if msg != "":  # which would clear a line
+            print(str(self), file=sys.stderr, flush=True)
+
+
+_LOG = dict(mininterval=60.0, delay=60.0, bar_format="{desc}: {n_fmt}/{total_fmt}, {remaining} left{postfix}")
+
+# %% ../../nbs/lab/00_core.ipynb #eb877460
 def progress(iterable=None, total: int | None = None, desc: str = "", initial: int = 0):
-    """Progress with speed and time left; $GET_NB_PROGRESS names a file to show it in, or is 'off'.
+    """Progress with speed and time left; $GET_NB_PROGRESS names a file to show it in, or is 'off'. A log gets lines.
 
     Args:
         iterable: what to go through, or None to call `.update` by hand
@@ -441,4 +492,6 @@ def progress(iterable=None, total: int | None = None, desc: str = "", initial: i
     kw = dict(total=total, desc=desc, initial=initial, mininterval=0.5)
     if where and where != "off" and is_main():
         return _FileBar(iterable, file=open(os.devnull, "w", encoding="utf-8"), **kw)
-    return tqdm(iterable, leave=False, disable=where == "off" or not is_main(), **kw)
+    screen = sys.stderr.isatty() or "ipykernel" in sys.modules
+    bar, kw = (tqdm, kw) if screen else (_LogBar, kw | _LOG)
+    return bar(iterable, leave=False, disable=where == "off" or not is_main(), **kw)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['DATASETS', 'load_digits', 'short_name', 'load_split', 'load_data']
 
-# %% ../../nbs/lab/08_data.ipynb #316f5ea4
+# %% ../../nbs/lab/08_data.ipynb #ee341652
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .clothes import load_fashion
-from .core import nearest, require
+from .core import nearest, require, require_whole
 from .folders import load_files, split_size
 from .images import ImageSet
 from .shapes import make_shapes
@@ -37,7 +37,7 @@ def load_digits(split: str, split_seed: int = 0) -> ImageSet:
     images = torch.from_numpy(np.round(x * 255 / 16).astype(np.uint8)).view(-1, 1, 8, 8)
     return ImageSet(images[i], torch.from_numpy(y)[i].long(), tuple("0123456789"), f"digits/{split}")
 
-# %% ../../nbs/lab/08_data.ipynb #42b5355d
+# %% ../../nbs/lab/08_data.ipynb #26bc0255
 DATASETS = ("digits", "shapes", "shapes@SIZE", "fashion-mnist", "cifar10", "folder:PATH", "folder:PATH@SIZE")
 
 
@@ -92,6 +92,7 @@ def load_split(name: str, split: str, split_seed: int, n: int = 2000) -> ImageSe
         return load_digits(split, split_seed)
     if kind == "fashion-mnist":
         return load_fashion(split, split_seed=split_seed)
+    require_whole("n", n)
     return make_shapes(n, size or 16, seed=2 * split_seed + (split == "test"))
 
 # %% ../../nbs/lab/08_data.ipynb #5b1361e8

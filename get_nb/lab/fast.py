@@ -6,10 +6,9 @@
 __all__ = ['ModelWeights', 'gather_weights', 'pack', 'fast_inject', 'fast_step', 'fast_decode', 'Compiled', 'require_options',
            'Fast']
 
-# %% ../../nbs/lab/30_fast.ipynb #24cfea7a
-import json
-from dataclasses import asdict
-from pathlib import Path
+# %% ../../nbs/lab/30_fast.ipynb #4fb6c91d
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import torch
@@ -21,11 +20,10 @@ from ..fixed_point import fixed_point_iter, or_nan
 from ..get import ViT
 from ..gradients import unroll, unroll_constant
 from ..jacobian import normalize_state
-from .core import ConfigError, Precision, autocast, build_config, is_main, require
+from .core import ConfigError, Precision, autocast, build_config, require
 from .images import check_tensor
 from .choices import can_time
-from .blocks import DTYPES, BlockWeights, Plan, available, block_weights, choose_plan, fast_block
-from .files import write_json
+from .blocks import DTYPES, BlockWeights, Plan, available, block_weights, choose_plan, fast_block, pack_block
 from .kernels import Kernels, pack_weight, product
 from ..layers import unpatchify
 
@@ -72,11 +70,7 @@ def gather_weights(model, dtype) -> ModelWeights:
         final=tuple(p.to(dtype) for p in (norm.weight, norm.bias, linear.weight, linear.bias)),
     )
 
-# %% ../../nbs/lab/30_fast.ipynb #daf6f469
-def _pack_block(b: BlockWeights, rows: int) -> BlockWeights:
-    return b._replace(**{name: pack_weight(getattr(b, name), rows) for name in ("qkv", "proj", "fc1", "fc2")})
-
-
+# %% ../../nbs/lab/30_fast.ipynb #52fd9fe2
 def pack(weights: ModelWeights, rows: int) -> ModelWeights:
     """The products' weights in the layout of the CPU's library. For sampling: no gradient passes.
 
@@ -89,8 +83,8 @@ def pack(weights: ModelWeights, rows: int) -> ModelWeights:
     """
     try:
         return weights._replace(
-            blocks=tuple(_pack_block(b, rows) for b in weights.blocks),
-            deq=tuple(_pack_block(b, rows) for b in weights.deq),
+            blocks=tuple(pack_block(b, rows) for b in weights.blocks),
+            deq=tuple(pack_block(b, rows) for b in weights.deq),
             inject=tuple(pack_weight(w, rows) for w in weights.inject),
         )
     except (AttributeError, RuntimeError, NotImplementedError):
@@ -125,7 +119,7 @@ def fast_inject(w: ModelWeights, noise, c, heads: int, how=Kernels()):
     addends = [_token_addend(b.bias, c, x.shape) for b in w.deq]
     return x, [product(flat, u, add=a, how=how) for a, u in zip(addends, w.inject)]
 
-# %% ../../nbs/lab/30_fast.ipynb #b0854e26
+# %% ../../nbs/lab/30_fast.ipynb #3d7fec70
 def fast_step(w: ModelWeights, z, addends: list, heads: int, normalized: bool, how=Kernels()):
     """One evaluation of the equilibrium map.
 
@@ -140,8 +134,10 @@ def fast_step(w: ModelWeights, z, addends: list, heads: int, normalized: bool, h
     Returns:
         (B, T, d)
     """
-    for b, addend in zip(w.deq, addends):
-        z = fast_block(z, addend, b, heads, how)
+    # GELU is not kept in the first block: that pays for the states' gradients, which fast_decode returns all at once
+    first = how if how.gelu == "again" else replace(how, gelu="again")
+    for i, (b, addend) in enumerate(zip(w.deq, addends)):
+        z = fast_block(z, addend, b, heads, how if i else first)
     return normalize_state(z) if normalized else z
 
 
@@ -202,7 +198,10 @@ def require_options(model, **values):
                 "leave it out"
             )
 
-# %% ../../nbs/lab/30_fast.ipynb #fcb62d69
+# %% ../../nbs/lab/30_fast.ipynb #dd6454c7
+_PLAIN = Kernels()
+
+
 class _Prepared:
     "A GET or ViT with its functions chosen and its weights cast; everything else is the model's own."
 
@@ -223,36 +222,54 @@ class _Prepared:
             raise AttributeError(name)
         return getattr(self.model, name)
 
-    def settle(self, batch_size: int, folder=None) -> Plan:
+    def settle(self, batch_size: int) -> Plan:
         """Choose how to compute, once; a GPU, and a compiler, choose for themselves.
 
         Args:
             batch_size: images per call
-            folder: of a training's checkpoints: the plan that is kept there holds, else the new one is kept there
 
         Returns:
             the plan
         """
-        kept = folder and Path(folder) / "plan.json"
-        if kept and kept.is_file():
-            stored = json.loads(kept.read_text(encoding="utf-8"))
-            kernels = {p: build_config(Kernels, stored[p], str(kept)) for p in DTYPES}
-            self.plan = available(build_config(Plan, stored | kernels, str(kept)))
         if self.plan:
-            plan = self.plan
-        elif self.model.pos_embed.device.type == "cpu" and not self.compiled:
-            plan = choose_plan(self.model, batch_size, self.precisions)
-        else:
-            plan = Plan(training=self.precisions[0], sampling=self.precisions[0])
-        if kept and not kept.is_file() and is_main():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_json(kept, asdict(plan))
-        if kept or can_time():  # else it is asked again when it can be measured
-            self.plan = plan
+            return self.plan
+        plan = Plan(training=self.precisions[0], sampling=self.precisions[0])
+        measured = self.model.pos_embed.device.type == "cpu" and not self.compiled
+        if measured and not can_time():
+            return plan  # until it can be measured
+        if measured:
+            with ThreadPoolExecutor(1) as apart:  # no autocast, no mode of the caller's thread reaches it
+                plan = apart.submit(choose_plan, self.model, batch_size, self.precisions).result()
+        self.plan = plan
         return plan
+
+    def state(self, batch_size: int) -> dict:
+        """What a checkpoint keeps of how the model is computed.
+
+        Args:
+            batch_size: images per call
+
+        Returns:
+            the plan, as json can hold it
+        """
+        return asdict(self.settle(batch_size))
+
+    def restore(self, state: dict):
+        """Compute as a checkpoint says, whatever is the fastest here.
+
+        Args:
+            state: of `state`
+
+        Raises:
+            ConfigError: not a plan
+        """
+        kernels = {p: build_config(Kernels, state.get(p, {}), "the checkpoint's plan") for p in DTYPES}
+        self.plan = available(build_config(Plan, state | kernels, "the checkpoint's plan"))
 
     def _way(self, noise, use: str) -> tuple:
         "Precision (None: the reference) and kernels of this use, training or sampling."
+        if torch.compiler.is_compiling():  # which chooses for itself
+            return DTYPES[self.precisions[0]], _PLAIN
         plan = self.plan or self.settle(len(noise))
         way = getattr(plan, use)
         return (None, None) if way == "reference" else (DTYPES[way], getattr(plan, way))

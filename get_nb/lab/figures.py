@@ -12,7 +12,7 @@ import numpy as np
 
 from .core import in_clone
 
-# %% ../../nbs/lab/15_figures.ipynb #e2f02e92
+# %% ../../nbs/lab/15_figures.ipynb #27aca001
 COLORS = dict(
     teacher="#444444",
     get="#c1432e",
@@ -21,6 +21,8 @@ COLORS = dict(
     data="#3c8c5a",
     kd="#8a6bb1",
     pd="#d08c2e",
+    cd="#8c6d31",
+    meanflow="#2a9d8f",
     gdd="#5b5f97",
     hybrid="#b8336a",
 )  # method -> colour

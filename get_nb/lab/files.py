@@ -26,8 +26,12 @@ def atomic_path(path):
 
     Yields:
         a temporary path in the same folder, which no other process or machine uses
+
+    Raises:
+        FileError: path is a folder
     """
     path = Path(path)
+    require(not path.is_dir(), f"{path}: a folder; name a file", FileError)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -91,10 +95,14 @@ def save_tensors(path, tensors: dict, info: dict) -> str:
 
     Raises:
         OSError: the file cannot be written
+        FileError: json cannot express info
     """
     from safetensors.torch import save_file
 
-    info = json.dumps(info, sort_keys=True)
+    try:
+        info = json.dumps(info, sort_keys=True)
+    except (TypeError, ValueError) as e:
+        raise FileError(f"{path}: what is said about its tensors cannot be written as json: {e}") from None
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     digest = _tensors_digest(tensors, info)
     # one metadata key only: safetensors writes several in random order
@@ -211,7 +219,7 @@ def save_checkpoint(path, model, **meta):
     Raises:
         OSError: the file cannot be written
     """
-    require_model("model", model)
+    require_model("model", model, named=True)
     if not is_main():
         return None
     return save_tensors(path, model.state_dict(), dict(kind="checkpoint", schema=1, config=model.config, meta=meta))

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from .core import FileError, UnreadableFileError, progress, require, require_config
+from .core import FileError, UnreadableFileError, progress, require, require_config, require_model
 from .files import atomic_path, load_tensors, save_tensors, write_json
 from .images import check_finite
 from .store import read_pairs_manifest, remembered_digests, shard_digest, verify_pairs, write_pairs_manifest
@@ -170,7 +170,7 @@ def generate_pairs(denoiser, folder, cfg: PairsConfig) -> dict:
         ConfigError: the teacher knows fewer classes than the recipe, or makes images that are not finite or of
             another shape; finished shards are kept
     """
-    require(callable(denoiser), f"denoiser: a {type(denoiser).__name__} cannot be called")
+    require_model("denoiser", denoiser)
     require_config(cfg, PairsConfig)
     folder, known = Path(folder), getattr(denoiser, "num_classes", cfg.num_classes)
     classes = f"num_classes = {cfg.num_classes}: labels are drawn from so many classes, the teacher knows {known}"

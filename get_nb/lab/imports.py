@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .archives import MAGIC, read_torch
-from .core import ConfigError, FileError, progress
+from .core import ConfigError, FileError, progress, require_whole
 from .diffusers import load_diffusers
 from .files import load_tensors, save_checkpoint, save_tensors, sha256_file, write_json
 from .released import finite_tensors, load_edm_pickle, load_reference_get
@@ -189,6 +189,7 @@ def import_reference_pairs(src, folder, shard_size: int = 1250) -> dict:
         UnsafeFileError: a file asks for more than tensors
         FileError: a file is missing, damaged, of another shape, or changed while it was read
     """
+    require_whole("shard_size", shard_size)
     folder, files, shards, same = Path(folder), _pair_files(src), [], None
     for latent, image in progress(files, desc="import pairs"):
         before = _stamps((latent, image))

@@ -229,8 +229,8 @@ def attention(q, k, v, how=Kernels()):
         return F.scaled_dot_product_attention(q, k, v)
     return _Attend.apply(q, k, v, way == "mixed")
 
-# %% ../../nbs/lab/19_kernels.ipynb #d94c420f
-_ROWS = 2048  # at most, of the matrices that are timed
+# %% ../../nbs/lab/19_kernels.ipynb #051e2abb
+_ROWS = 512  # at most, of the matrices that are timed
 
 
 class _Shapes:
@@ -294,7 +294,7 @@ def choose_kernels(dim: int, hidden: int, heads: int, tokens: int, rows: int, dt
         hidden: width of the MLP
         heads: of the attention
         tokens: T, per image
-        rows: tokens of a whole batch; timed with 2,048 of them at most
+        rows: tokens of a whole batch; timed with 512 of them at most
         dtype: torch.float32 or torch.bfloat16
 
     Returns:

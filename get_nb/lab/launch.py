@@ -17,6 +17,7 @@ from pathlib import Path
 from .core import ConfigError, FileError, in_clone, is_main, nearest, require
 from .parameters import check_parameters, declared_parameters, read_yaml
 from .state import TrainingError
+from .surroundings import find_home, soften_streams
 
 # %% ../../nbs/lab/38_launch.ipynb #3a88807d
 def launch(function, args=(), processes: int = 2):
@@ -133,6 +134,10 @@ def launch_main(args=None):
     Args:
         args: list of strings; None: those of the command line
     """
+    soften_streams()
+    moved = find_home()
+    if moved and is_main():
+        print(f"get_nb.lab.launch: {moved}", file=sys.stderr)
     notebook, *rest = (sys.argv[1:] if args is None else args) or [""]
     if not notebook or any("=" not in r for r in rest):
         _fail(2, "usage: python -m get_nb.lab.launch NOTEBOOK name=value ...")

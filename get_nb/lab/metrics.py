@@ -11,6 +11,7 @@ import hashlib
 import io
 import zipfile
 import zlib
+from os import PathLike
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,7 @@ def load_features(source="inception", device="cpu", path=None, sha256: str | Non
     Raises:
         FileError: no such file, damaged, or not such a network
     """
+    require(isinstance(source, str | PathLike), f"features of {source!r}: 'inception', or the path of a classifier")
     if source == "inception":
         extractor = InceptionFeatures("inception", _layers_of(InceptionFeatures), path, sha256=sha256)
         return FeatureNetwork(extractor, "inception", 100, device)
@@ -261,12 +263,12 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
             statistics are of another network's features
     """
     require(hasattr(network, "reference"), "network: a FeatureNetwork is needed, as load_features makes it")
-    for what, given in (("generated", generated), ("reference", reference)):
-        fits = isinstance(given, (torch.Tensor, dict))
-        require(fits, f"{what}: bytes (N, C, H, W) or statistics are needed, not a {type(given).__name__}")
+    for what, given, needed in (("generated", generated, {"features"}), ("reference", reference, {"mu", "sigma"})):
+        if isinstance(given, dict):
+            require(needed <= given.keys(), f"{what}: its dict needs {' and '.join(sorted(needed))}")
+        else:
+            check_bytes(f"{what} images", given)
     if isinstance(generated, torch.Tensor) and isinstance(reference, torch.Tensor):
-        check_bytes("generated images", generated)
-        check_bytes("reference images", reference)
         sizes = [tuple(v.shape[1:]) for v in (generated, reference)]
         require(sizes[0] == sizes[1], f"images of {_size(sizes[0])} are not compared with images of {_size(sizes[1])}")
     for what, given in (("generated", generated), ("reference", reference)):

@@ -283,7 +283,7 @@ class _Schedule:
         if self.running:
             self.say(name, f"failed ({outcome}); waiting for {', '.join(self.running)}")
 
-# %% ../../nbs/lab/39_pipeline.ipynb #837f4ca8
+# %% ../../nbs/lab/39_pipeline.ipynb #c3707ff5
 def _progress_text(folder: Path, label: str) -> str:
     """What a running notebook last reported.
 
@@ -303,14 +303,22 @@ def _progress_text(folder: Path, label: str) -> str:
     return f"{label}: {s['desc']} {s['n']}/{s['total']}{left}{note}"
 
 
+_LOG_EVERY = 60.0  # seconds between reports to a log
+
+
 def _run_all(todo: _Schedule):
     "Run a schedule to its end, or to the end of what is running when a stage fails."
     bar = tqdm(leave=False, bar_format="{desc} {elapsed}", mininterval=0.5, disable=None)  # on a terminal only
+    told = time.monotonic()
     with bar:
         todo.start()
         while todo.running:
             texts = [_progress_text(todo.runs / name, todo.label(name)) for name in todo.running]
             bar.set_description_str(" | ".join(texts))
+            reported = [text for text in texts if ": " in text]
+            if reported and bar.disable and time.monotonic() - told >= _LOG_EVERY:
+                print("\n".join(reported), flush=True)
+                told = time.monotonic()
             todo.wait(0.5)
             todo.start()
 

@@ -113,7 +113,7 @@ class Processes:
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names the step and the last good checkpoint."
 
-# %% ../../nbs/lab/11_state.ipynb #f5ebd664
+# %% ../../nbs/lab/11_state.ipynb #0622bf6d
 @dataclass
 class Run:
     """A training run: a method, and what changes from step to step.
@@ -134,6 +134,7 @@ class Run:
         resumed: steps at which the run was resumed
         seconds: training time so far
         norms: gradient norms of the current step
+        formulation: what computes the loss and chooses how, or None; its choices are part of a checkpoint
     """
 
     method: Method
@@ -151,6 +152,7 @@ class Run:
     resumed: list = field(default_factory=list)
     seconds: float = 0.0
     norms: list = field(default_factory=list)
+    formulation: object = None
 
     @property
     def model(self):
@@ -268,7 +270,7 @@ def code_digest() -> str:
     files = sorted(Path(get_nb.__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
 
-# %% ../../nbs/lab/11_state.ipynb #f656041a
+# %% ../../nbs/lab/11_state.ipynb #f99b2144
 _COUNTERS = ("step", "curve", "window", "skipped", "resumed", "seconds")  # of a Run, in a checkpoint's description
 
 
@@ -285,6 +287,8 @@ def save_state(run: Run):
         return
     info = dict(kind="training", config=run.what, code=code_digest(), scaler=run.scaler.state_dict())
     info |= {k: getattr(run, k) for k in _COUNTERS}
+    if run.formulation is not None:
+        info["formulation"] = run.formulation.state(run.cfg.batch_size)
     try:
         require(run.folder.is_dir(), "its folder has vanished", OSError)
         for left in run.folder.glob(".step-*.tmp"):  # by a process that was killed while writing
@@ -336,7 +340,7 @@ def find_state(folder, what: dict):
         return path
     return None
 
-# %% ../../nbs/lab/11_state.ipynb #489acd79
+# %% ../../nbs/lab/11_state.ipynb #8ba086a9
 def load_state(run: Run) -> bool:
     """Go back to the newest good checkpoint, the same one on all processes.
 
@@ -359,6 +363,8 @@ def load_state(run: Run) -> bool:
         run.scaler.load_state_dict(info["scaler"])
     for k in _COUNTERS:
         setattr(run, k, info[k])
+    if run.formulation is not None and "formulation" in info:
+        run.formulation.restore(info["formulation"])
     # older checkpoints hold losses without a name
     run.window = [w if isinstance(w, dict) else dict(loss=w) for w in run.window]
     return True

@@ -97,7 +97,7 @@ def _arrays(folder, noise, image, labels) -> tuple:
         fits = hasattr(value, "__array__") or (name == "labels" and value is None)
         require(fits, f"{folder}: {name} must be a tensor or an array, not {describe(value)}", FileError)
     noise, image = torch.as_tensor(noise), torch.as_tensor(image)
-    floating = noise.is_floating_point() and image.is_floating_point()
+    floating = noise.ndim and noise.is_floating_point() and image.is_floating_point()
     advice = "image around [-1, 1], as to_float makes it of bytes"
     given = f"{describe(noise)} and {describe(image)}"
     require(floating, f"{folder}: noise and image must be floating-point, {advice}, not {given}", FileError)
@@ -132,6 +132,8 @@ def save_pairs(folder, noise, image, labels=None, **recipe) -> dict:
     """
     folder, noise, image, label = Path(folder), *_arrays(folder, noise, image, labels)
     n = len(noise)
+    if recipe.get("first_seed") is not None:
+        require_whole("first_seed", recipe["first_seed"], 0)
     empty = not folder.exists() or not any(folder.iterdir())
     require(empty, f"{folder}: not empty; name a new folder", FileError)
     recipe = dict(n=n, num_classes=int(label.max()) + 1, shape=list(noise.shape[1:]), shard_size=2000) | recipe

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from .core import autocast, is_main, progress, seed_everything
+from .core import require_callable, require_config, require_model
 from .schedule import TrainConfig, ema_decay, ema_update, learning_rate, shares
 from .state import Method, Run, TrainingError, last_good, load_state, save_state, start_run
 
@@ -103,13 +104,13 @@ def whole_batch(run: Run, pieces: dict, dim: int = 0):
         whole.narrow(dim, start, piece.shape[dim]).copy_(piece)
     return run.processes.sum(whole)
 
-# %% ../../nbs/lab/12_train.ipynb #e4c6f0cd
+# %% ../../nbs/lab/12_train.ipynb #f9c09d45
 class Supervised(Method):
     """One network, one loss, one optimizer.
 
     Args:
         model: nn.Module; trained in place
-        loss_fn: (model, step, share) -> scalar, mean over the share's images
+        loss_fn: (model, step, share) -> scalar, mean over the share's images; or {name: scalar}, the loss first
         cfg: of the optimizer
     """
 
@@ -129,8 +130,12 @@ class Supervised(Method):
         Returns:
             {"loss": mean over the batch}
         """
-        lr = learning_rate(run.step, run.cfg)
-        return descend(run, self.optimizer, lr, lambda share: dict(loss=self.loss_fn(self.model, run.step, share)))
+
+        def terms(share):
+            found = self.loss_fn(self.model, run.step, share)
+            return found if isinstance(found, dict) else dict(loss=found)
+
+        return descend(run, self.optimizer, learning_rate(run.step, run.cfg), terms)
 
 # %% ../../nbs/lab/12_train.ipynb #8ca3b26d
 @contextmanager
@@ -292,9 +297,16 @@ def _loop(run: Run, watch, watch_every: int, asked: list):
                     f"{last_good(run.folder)}. Rerun to resume"
                 )
 
-# %% ../../nbs/lab/12_train.ipynb #ee936b46
+# %% ../../nbs/lab/12_train.ipynb #4a370104
 def train_method(
-    method: Method, cfg: TrainConfig, state_dir=None, identity=None, desc="train", watch=None, watch_every=0
+    method: Method,
+    cfg: TrainConfig,
+    state_dir=None,
+    identity=None,
+    desc="train",
+    watch=None,
+    watch_every=0,
+    formulation=None,
 ) -> Run:
     """Train for cfg.steps steps, resuming from `state_dir` if there is a checkpoint in it.
 
@@ -306,6 +318,7 @@ def train_method(
         desc: name of the run, beside the progress and in messages
         watch: (run) -> {name: number} or None, called in the main process; it must not change the run
         watch_every: steps between calls of watch; 0: at each point of the curve
+        formulation: what computes the loss and chooses how, as `Fast` does: a resumed run computes as it began
 
     Returns:
         the finished Run: its `ema`, its `curve`
@@ -317,7 +330,11 @@ def train_method(
         Stopped: SIGTERM came, and a checkpoint was written
     """
     run = start_run(method, cfg, state_dir, identity, desc)
-    if load_state(run):
+    run.formulation = formulation
+    resumed = load_state(run)
+    if formulation is not None:
+        formulation.settle(cfg.batch_size)
+    if resumed:
         run.resumed.append(run.step)
     elif cfg.on_bad == "skip":
         save_state(run)
@@ -332,18 +349,29 @@ def train_method(
         raise TrainingError(f"{desc}: {reason} ({first_line}); {last_good(run.folder)}. Rerun to resume") from e
     return run
 
-# %% ../../nbs/lab/12_train.ipynb #fc9c14ad
-def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = None, desc: str = "train", watch=None):
+# %% ../../nbs/lab/12_train.ipynb #eb93de7c
+def train(
+    model,
+    loss_fn,
+    cfg: TrainConfig,
+    state_dir=None,
+    identity: dict = None,
+    desc: str = "train",
+    watch=None,
+    formulation=None,
+):
     """Train one network on one loss; the other arguments are those of `train_method`.
 
     Args:
         model: nn.Module; trained in place
-        loss_fn: (model, step, share) -> scalar, mean over the share's images; what it draws depends on the step alone
+        loss_fn: (model, step, share) -> scalar, mean over the share's images, or {name: scalar}, of which the first is
+            descended and each has a curve; what it draws depends on the step alone
         cfg: how
         state_dir: folder of the checkpoints; None: keep none
         identity: what else makes the run what it is
         desc: name of the run
         watch: (run) -> {name: number} or None, called at each point of the curve
+        formulation: what computes the loss, as in `train_method`
 
     Returns:
         ema model (eval mode), history {step, loss, watch, seconds, resumed_at, skipped, averages}
@@ -351,7 +379,11 @@ def train(model, loss_fn, cfg: TrainConfig, state_dir=None, identity: dict = Non
     Raises:
         TrainingError, FileError, ConfigError, Stopped: as train_method
     """
-    run = train_method(Supervised(model, loss_fn, cfg), cfg, state_dir, identity, desc, watch)
+    require_model("model", model)
+    require_callable(loss_fn=loss_fn)
+    require_config(cfg, TrainConfig)
+    how = dict(desc=desc, watch=watch, formulation=formulation)
+    run = train_method(Supervised(model, loss_fn, cfg), cfg, state_dir, identity, **how)
     history = dict(loss=[]) | run.curve
     history |= dict(seconds=run.seconds, resumed_at=run.resumed, skipped=run.skipped, averages=run.emas)
     return run.ema, history

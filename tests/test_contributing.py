@@ -1,0 +1,86 @@
+"""CONTRIBUTING.md, followed to the letter: each recipe's text is taken from the page and does what the page says."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from PIL import Image
+
+import get_nb
+from conftest import ROOT
+from get_nb.lab.data import load_data
+from get_nb.lab.pipeline import run_profile
+from get_nb.lab.profiles import demo_clone
+from lint import problems
+
+TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def blocks(title):
+    "The fenced blocks under a heading."
+    section = re.search(rf"(?ms)^## {title}\n(.*?)(?=^## |\Z)", TEXT)[1]
+    return re.findall(r"(?ms)^```\w+\n(.*?)\n```$", section)
+
+
+def test_every_recipe_has_a_text_to_follow():
+    assert re.findall(r"(?m)^## (.*)$", TEXT) == ["A room", "A solver", "A student", "A rival", "A data set", "A table"]
+    assert all(blocks(t) for t in re.findall(r"(?m)^## (.*)$", TEXT))
+
+
+def test_a_room(tmp_path):
+    first, *code = blocks("A room")
+    nb = nbformat.v4.new_notebook()
+    nb.cells = [nbformat.v4.new_markdown_cell(first), *map(nbformat.v4.new_code_cell, code)]
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    nbformat.write(nb, tmp_path / "nbs/47_halving.ipynb")
+    assert not problems(tmp_path / "nbs/47_halving.ipynb")
+    subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True)
+    names = {}
+    exec((tmp_path / "get_nb/halving.py").read_text(encoding="utf-8"), names)
+    exec(code[-1], names)
+
+
+def test_a_solver(monkeypatch):
+    from get_nb import solvers
+
+    monkeypatch.setattr(solvers, "SOLVERS", dict(solvers.SOLVERS))
+    names = dict(SOLVERS=solvers.SOLVERS, fixed_point_iter=get_nb.fixed_point_iter)
+    exec(blocks("A solver")[0], names)
+    z, stats = get_nb.solve(torch.cos, torch.zeros(2, 3), solver="lazy", max_iter=60, tol=1e-4)
+    assert stats.converged.all()
+    torch.testing.assert_close(z.cos(), z, rtol=0, atol=1e-3)
+
+
+def test_a_student(monkeypatch):
+    from get_nb import presets
+
+    monkeypatch.setattr(presets, "MODELS", dict(presets.MODELS))
+    exec(blocks("A student")[0], dict(MODELS=presets.MODELS, EquilibriumConfig=presets.EquilibriumConfig))
+    assert get_nb.create_model("GET-tiny/2", image_size=8)(torch.randn(2, 3, 8, 8)).shape == (2, 3, 8, 8)
+
+
+def test_a_data_set(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("RGB", (12, 12), (20 * i, 0, 0)).save(tmp_path / f"{name}/{i}.png")
+    names = dict(load_data=load_data)
+    exec(blocks("A data set")[0].replace("PATH", str(tmp_path)), names)
+    assert names["images"].images.shape[1:] == (3, 8, 8)
+
+
+@pytest.mark.slow
+def test_a_rival_and_a_table(tmp_path):
+    root = demo_clone(tmp_path)
+    shutil.copy(root / "nbs/paper/square.ipynb", root / "nbs/paper/mine.ipynb")
+    profile = root / "nbs/paper/profiles/demo.yaml"
+    lines = "\n".join(blocks("A rival") + blocks("A table"))
+    profile.write_text(profile.read_text(encoding="utf-8").rstrip() + "\n" + lines + "\n", encoding="utf-8")
+    folder = run_profile(root, "demo")
+    assert (folder / "mine/stamp.json").is_file() and (folder / "table_mine/stamp.json").is_file()
