@@ -42,6 +42,6 @@ others = [
 get_nb.save_checkpoint("model.safetensors", model)
 again = get_nb.load_checkpoint("model.safetensors")
 released = [get_nb.load_reference_get("GET-B.pth"), get_nb.load_edm_pickle("edm.pkl")]
-pipeline = get_nb.OneStepPipeline.from_pretrained("fashion-get")
+pipeline = get_nb.OneStepPipeline.from_pretrained("digits-get")
 errors: tuple[type[Exception], ...] = (get_nb.ConfigError, get_nb.FileError, get_nb.UnsafeFileError)
 version: str = get_nb.__version__

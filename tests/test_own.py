@@ -50,6 +50,7 @@ def test_a_profile_fits_the_pictures_and_says_why(size, mode, asked, side, patch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     folder = draw(tmp_path / "pics", size=size, mode=mode)
+    (folder / "class 0/!notes.txt").write_text("no picture", encoding="utf-8")
     code, out, err = run(capsys, "new", "mine", "--data", "folder:pics", "--root", ROOT, "--size", asked)
     assert code == 0, err
     text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
@@ -101,6 +102,7 @@ def test_what_is_odd_in_pictures_is_told(tmp_path):
         Image.fromarray(rng("rare", i).integers(0, 255, (16, 16), dtype=np.uint8)).save(folder / f"rare/{i}.png")
     for i in range(40):
         (folder / f"class 2/more{i}.png").write_bytes((folder / "class 2/1.png").read_bytes())
+    (folder / "class 2/._0.png").write_bytes(b"left by a system, no picture")
     told = "; ".join(look_at(folder).findings)
     for said in (
         "1 of 139 pictures are not square",

@@ -10,12 +10,14 @@ import sys
 import tomllib
 from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import distributions
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 from nbclient import NotebookClient
+from packaging.specifiers import SpecifierSet
 
 from conftest import ROOT
 from lint import (
@@ -201,6 +203,13 @@ def test_every_requirement_is_pinned():
     }
     for requirement in " ".join(v for k, v in SETTINGS["DEFAULT"].items() if k.endswith("requirements")).split():
         assert re.split(r"[<>=]", requirement)[0].lower().replace("_", "-") in pinned, requirement
+
+
+def test_every_pinned_version_accepts_the_lowest_python_that_is_promised():
+    lowest = SETTINGS["DEFAULT"]["min_python"] + ".0"
+    asked = {f"{d.name} {d.version}": d.metadata["Requires-Python"] or "" for d in distributions()}
+    assert len(asked) > 100
+    assert not {k: v for k, v in asked.items() if not SpecifierSet(v).contains(lowest)}
 
 
 @pytest.mark.parametrize("name", ["README.md", "results/README.md"])

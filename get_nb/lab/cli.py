@@ -22,14 +22,14 @@ from .publishing import compare_tables, publish_profile, publish_redrawn, redraw
 from .stages import read_manifest, read_stamp, why_run
 from .surroundings import Terminated, catch_termination, find_home, release_termination, soften_streams
 
-# %% ../../nbs/lab/48_cli.ipynb #9f2cd256
+# %% ../../nbs/lab/48_cli.ipynb #03a30450
 @click.group(cls=Commands, context_settings=dict(help_option_names=["-h", "--help"]))
 @click.version_option(package_name="get_nb", prog_name="get-nb")
 def cli():
     """get_nb: one-step diffusion distillation with deep equilibrium models, as a chain of notebooks.
 
     \b
-    get-nb sample fashion-get -n 64 --out clothes.png   images from shipped weights
+    get-nb sample digits-get -n 64 --out digits.png     images from shipped weights
     get-nb reproduce --dry-run                          what the chain would run, and its price
     get-nb reproduce                                    train, distil, evaluate, draw
     get-nb doctor                                       what is there, and what is missing

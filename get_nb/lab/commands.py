@@ -42,7 +42,7 @@ class Commands(click.Group):
             raise click.UsageError(f"no such command {args[0]!r}{nearest(args[0], self.list_commands(ctx))}")
         return super().resolve_command(ctx, args)
 
-# %% ../../nbs/lab/47_commands.ipynb #4e9f3d3c
+# %% ../../nbs/lab/47_commands.ipynb #81dc73cc
 _COUNT = click.IntRange(1, 10**8)
 _SEED = click.IntRange(0, 2**62)  # seeds are stored as int64
 _STEPS = click.option("--steps", type=_COUNT, help="Heun steps of a teacher; by default 18.")
@@ -68,8 +68,8 @@ def _sample(weights, n, seed, labels, iterations, steps, precision, out):
     WEIGHTS: a shipped name, own weights (.safetensors) or released ones (.pth, .pkl).
 
     \b
-    get-nb sample fashion-get -n 64 --out clothes.png
-    get-nb sample fashion-teacher --steps 18
+    get-nb sample digits-get -n 64 --out digits.png
+    get-nb sample digits-teacher --steps 18
     get-nb sample runs/cpu/get/student.safetensors --label 3 --label 7
     """
     require(Path(out).suffix in (".png", ".npz"), f"--out {out}: a .png or .npz file")

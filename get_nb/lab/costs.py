@@ -6,7 +6,7 @@
 __all__ = ['IMAGES', 'BUDGETED', 'student_cost', 'student_memory', 'teacher_memory', 'teacher_cost', 'teacher_of', 'know_images',
            'stage_cost']
 
-# %% ../../nbs/lab/41_costs.ipynb #a00def4a
+# %% ../../nbs/lab/41_costs.ipynb #5c5c83fb
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..get import GET
 from .checkpoints import create_model, create_teacher
 from .counting import FusedAttention, LiveMemory, count_parameters, flops
 from .fast import Fast
-from .folders import read_picture, split_size
+from .folders import list_pictures, read_picture, split_size
 from ..precond import edm_loss
 from ..sampler import num_evaluations
 from ..teachers import TEACHERS
@@ -252,7 +252,7 @@ def _budgeted_stage(stage, stages, data):
         given = stage_cost(stages[stage.inputs["pairs"]], stages, data).get("pflop", 0.0)
     return dict(kind=BUDGETED[kind], pflop=max(0.0, stage.params["tflop"] / 1e3 - given))
 
-# %% ../../nbs/lab/41_costs.ipynb #c684c10d
+# %% ../../nbs/lab/41_costs.ipynb #d73c4dcc
 def know_images(data: str) -> bool:
     """Are channels and size of a data set known? Those of a folder are those of its first picture.
 
@@ -263,13 +263,14 @@ def know_images(data: str) -> bool:
         yes or no; a folder is remembered in IMAGES
 
     Raises:
+        ConfigError: a folder without pictures
         FileError: the first picture cannot be read
     """
     if data not in IMAGES and data.startswith("folder:"):
-        path, size = split_size(data)
-        files = sorted(Path(path.removeprefix("folder:")).glob("*/[!.]*.*"))
-        if files:
-            picture = read_picture(files[0], size)
+        name, size = split_size(data)
+        path = Path(name.removeprefix("folder:")).expanduser()
+        if path.is_dir():
+            picture = read_picture(list_pictures(path)[0], size)
             IMAGES[data] = (1 if picture.mode == "L" else 3, picture.size[0])
     return data in IMAGES
 

@@ -6,7 +6,7 @@
 __all__ = ['ModelWeights', 'gather_weights', 'pack', 'fast_inject', 'fast_step', 'fast_decode', 'Compiled', 'require_options',
            'Fast']
 
-# %% ../../nbs/lab/30_fast.ipynb #4fb6c91d
+# %% ../../nbs/lab/30_fast.ipynb #22d4a8cb
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from ..jacobian import normalize_state
 from .core import ConfigError, Precision, autocast, build_config, require
 from .images import check_tensor
 from .choices import can_time
-from .blocks import DTYPES, BlockWeights, Plan, available, block_weights, choose_plan, fast_block, pack_block
+from .blocks import DTYPES, Plan, available, block_weights, choose_plan, fast_block, pack_block
 from .kernels import Kernels, pack_weight, product
 from ..layers import unpatchify
 

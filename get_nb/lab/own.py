@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Look', 'look_at', 'noise_levels', 'write_profile']
 
-# %% ../../nbs/lab/46b_own.ipynb #ad228261
+# %% ../../nbs/lab/46b_own.ipynb #7172dd68
 import json
 import math
 import os
@@ -20,7 +20,7 @@ from PIL import Image
 
 from .core import ConfigError, FileError, require
 from .files import atomic_path
-from .folders import load_folder, split_size
+from .folders import list_pictures, load_folder, split_size
 from .price import measured_rates, price_stages, this_machine
 from .profiles import load_profile
 
@@ -90,7 +90,7 @@ def _findings(sizes: Counter, images, classes: Counter, side: int) -> list:
         found.append(f"{total} pictures are few: a network learns them by heart; look at the copy share in the tables")
     return found
 
-# %% ../../nbs/lab/46b_own.ipynb #395cd53e
+# %% ../../nbs/lab/46b_own.ipynb #6eb26089
 def look_at(path, size: int = 0, gpu: bool = False) -> Look:
     """Look at a folder of pictures, one sub-folder per class.
 
@@ -114,16 +114,13 @@ def look_at(path, size: int = 0, gpu: bool = False) -> Look:
     few = min(counts, key=counts.get)
     require(counts[few] >= 5, f"folder {path}: class {few!r} has {counts[few]} pictures, at least 5 are needed")
     sizes = Counter()
-    for file in sorted(p for name in counts for p in (path / name).iterdir() if p.suffix.lower() in _SUFFIXES):
+    for file in list_pictures(path):
         with Image.open(file) as f:
             sizes[f.size] += 1
     side = _choose_side(sizes, size, gpu)
     images = everything if size else load_folder(path, "all", side)
     findings = _findings(sizes, images.images, counts, side)
     return Look(path, side, images.shape, dict(counts), round(images.sigma_data, 3), findings)
-
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 # %% ../../nbs/lab/46b_own.ipynb #7785bdab
 def noise_levels(sigma_data: float, side: int) -> tuple:
