@@ -78,18 +78,19 @@ def _sample(weights, n, seed, labels, iterations, steps, precision, out):
     sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps, precision=precision)
     click.echo(f"{out}: {n} images from seeds {seed}..{seed + n - 1}")
 
-# %% ../../nbs/lab/47_commands.ipynb #57153c8e
+# %% ../../nbs/lab/47_commands.ipynb #a872d9e0
 _SAMPLES_HELP = (
     "Number of images; by default 50,000, and 5,000 with a classifier. "
     "(Under torchrun write --samples: it takes --n for its own.)"
 )
+_DATA_HELP = "Data set to compare with; by default the one of this image size: digits, fashion-mnist or cifar10."
 _CLASSIFIER_HELP = "Checkpoint of a classifier of the chain as feature network; by default Inception."
 
 
 @click.command("evaluate")
 @click.argument("weights", type=click.Path())
 @click.option("--classifier", type=click.Path(), help=_CLASSIFIER_HELP)
-@click.option("--data", help="Data set to compare with; by default the one of this image size: digits or cifar10.")
+@click.option("--data", help=_DATA_HELP)
 @click.option("--train-stats", type=click.Path(), help="Statistics of the training split: .npz with mu and sigma.")
 @click.option("--test-stats", type=click.Path(), help="Statistics of the test split, likewise.")
 @click.option("--samples", "--n", type=click.IntRange(10, 10**8), help=_SAMPLES_HELP)
@@ -123,32 +124,35 @@ def _evaluate(weights, classifier, train_stats, test_stats, out, **how):
     else:
         click.echo(json.dumps(result, indent=1))
 
-# %% ../../nbs/lab/47_commands.ipynb #1aaad222
-_TARGET_HELP = "A .safetensors file, or a folder for pairs; by default its name, here; for cifar10 the data folder."
+# %% ../../nbs/lab/47_commands.ipynb #7a5931ae
+_TARGET_HELP = "A .safetensors file, or a folder for pairs; by default its name, here; for a data set the data folder."
 
 
 @click.command("import")
 @click.argument("file", type=click.Path())
 @click.option("--out", type=click.Path(), help=_TARGET_HELP)
-@click.option("--download", is_flag=True, help="With FILE cifar10: fetch CIFAR-10 into the data folder.")
+@click.option("--download", is_flag=True, help="With FILE cifar10 or fashion-mnist: fetch it into the data folder.")
 def _import(file, out, download):
     """Read a released file, without running it, into our formats.
 
     \b
     get-nb import get-b-uncond.pth --out get-b.safetensors
-    get-nb import cifar10 --download
+    get-nb import fashion-mnist --download
     """
-    only = f"--download: only cifar10 can be fetched, not {file!r}; put the file here yourself"
-    require(not download or file == "cifar10", only)
-    if file != "cifar10" or Path(file).exists():
+    sets = ("cifar10", "fashion-mnist")
+    only = f"--download: only {' and '.join(sets)} can be fetched, not {file!r}; put the file here yourself"
+    require(not download or file in sets, only)
+    if file not in sets or Path(file).exists():
         from get_nb.lab.imports import import_file
 
         click.echo(import_file(file, out))
         return
+    from get_nb.lab.clothes import load_fashion
     from get_nb.lab.folders import load_cifar10
 
+    load = load_cifar10 if file == "cifar10" else load_fashion
     for split in ("train", "test"):
-        click.echo(f"{split}: {len(load_cifar10(split, out, download=download)):,} images, checksums as published")
+        click.echo(f"{split}: {len(load(split, out, download=download)):,} images, checksums as published")
 
 # %% ../../nbs/lab/47_commands.ipynb #f896224c
 @click.group("pairs", cls=Commands)

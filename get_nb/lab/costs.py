@@ -23,10 +23,11 @@ from ..precond import edm_loss
 from ..sampler import num_evaluations
 from ..teachers import TEACHERS
 
-# %% ../../nbs/lab/41_costs.ipynb #046ce36a
+# %% ../../nbs/lab/41_costs.ipynb #ab8f49fd
 IMAGES = {  # channels and pixels per side of named data sets
     "digits": (1, 8),
     "shapes": (3, 16),
+    "fashion-mnist": (1, 28),
     "cifar10": (3, 32),
     "cifar10-unverified": (3, 32),
 }

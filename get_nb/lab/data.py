@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['DATASETS', 'load_digits', 'short_name', 'load_split', 'load_data']
 
-# %% ../../nbs/lab/08_data.ipynb #db2ec025
+# %% ../../nbs/lab/08_data.ipynb #ee341652
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .clothes import load_fashion
 from .core import nearest, require, require_whole
 from .folders import load_files, split_size
 from .images import ImageSet
@@ -36,11 +37,11 @@ def load_digits(split: str, split_seed: int = 0) -> ImageSet:
     images = torch.from_numpy(np.round(x * 255 / 16).astype(np.uint8)).view(-1, 1, 8, 8)
     return ImageSet(images[i], torch.from_numpy(y)[i].long(), tuple("0123456789"), f"digits/{split}")
 
-# %% ../../nbs/lab/08_data.ipynb #13d18409
-DATASETS = ("digits", "shapes", "shapes@SIZE", "cifar10", "folder:PATH", "folder:PATH@SIZE")
+# %% ../../nbs/lab/08_data.ipynb #26bc0255
+DATASETS = ("digits", "shapes", "shapes@SIZE", "fashion-mnist", "cifar10", "folder:PATH", "folder:PATH@SIZE")
 
 
-_SHORT = {"cifar10": "CIFAR-10", "cifar10-unverified": "CIFAR-10 (unverified)"}
+_SHORT = {"fashion-mnist": "Fashion-MNIST", "cifar10": "CIFAR-10", "cifar10-unverified": "CIFAR-10 (unverified)"}
 
 
 def short_name(name: str) -> str:
@@ -69,7 +70,8 @@ def load_split(name: str, split: str, split_seed: int, n: int = 2000) -> ImageSe
     Args:
         name: one of DATASETS
         split: "train" or "test"
-        split_seed: of the stratified split of digits and files; of other images for shapes
+        split_seed: of the stratified split of digits and files (0: the published one, where there is one); of other
+            images for shapes
         n: how many shapes
 
     Returns:
@@ -84,10 +86,12 @@ def load_split(name: str, split: str, split_seed: int, n: int = 2000) -> ImageSe
     if _is_files(name):
         return load_files(name, split, split_seed)
     kind, size = split_size(name)
-    require(kind in ("digits", "shapes"), f"unknown data set {name!r}{nearest(name, DATASETS)}")
+    require(kind in ("digits", "shapes", "fashion-mnist"), f"unknown data set {name!r}{nearest(name, DATASETS)}")
     require(kind == "shapes" or not size, f"data set {name!r}: {kind} have one size; write {kind!r}")
     if kind == "digits":
         return load_digits(split, split_seed)
+    if kind == "fashion-mnist":
+        return load_fashion(split, split_seed=split_seed)
     require_whole("n", n)
     return make_shapes(n, size or 16, seed=2 * split_seed + (split == "test"))
 

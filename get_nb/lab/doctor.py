@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Finding', 'examine']
 
-# %% ../../nbs/lab/46_doctor.ipynb #49519d75
+# %% ../../nbs/lab/46_doctor.ipynb #5f775610
 import importlib.util
 import os
 import re
@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .choices import choices_file, machine, remembered
+from .clothes import find_fashion
 from .core import ConfigError, FileError, find_root
 from .folders import CIFAR_FILES, data_folder
 from .profiles import load_profile
@@ -90,14 +91,20 @@ def _machine() -> list:
         Finding(memory > 4, f"memory: {memory:.0f} GB, {os.cpu_count()} cores (profile cpu: 4 GB)"),
     ]
 
-# %% ../../nbs/lab/46_doctor.ipynb #d1b7f7e3
+# %% ../../nbs/lab/46_doctor.ipynb #ff981a45
 def _data() -> list:
     folder = data_folder() / "cifar-10-batches-py"
     absent = [f for files in CIFAR_FILES.values() for f in files if not (folder / f).is_file()]
     how = f": {len(absent)} files missing; unpack cifar-10-python.tar.gz into {folder.parent}" if absent else ""
     how += ", or get-nb import cifar10 --download" if absent else ""
+    try:
+        find_fashion("train")
+        fashion = Finding(True, f"data: Fashion-MNIST in {find_fashion('test')[0].parent}")
+    except ConfigError as e:
+        fashion = Finding(False, f"data: {e}")
     return [
         Finding(True, "data: digits and shapes come with the package"),
+        fashion,
         Finding(not absent, f"data: CIFAR-10 in {folder}{how}"),
     ]
 

@@ -133,8 +133,9 @@ def _shape_of(model) -> tuple:
     c = model.config
     return c["channels"], c["image_size"], c["image_size"]
 
-# %% ../../nbs/lab/31_evaluate.ipynb #905f0658
-_KNOWN_DATA = {(1, 8, 8): "digits", (3, 32, 32): "cifar10"}  # what models of this shape are compared with by default
+# %% ../../nbs/lab/31_evaluate.ipynb #cb22a601
+# what models of this shape are compared with by default
+_KNOWN_DATA = {(1, 8, 8): "digits", (1, 28, 28): "fashion-mnist", (3, 32, 32): "cifar10"}
 
 
 def load_references(shape: tuple, data: str, statistics: dict, path):
