@@ -5,13 +5,13 @@ VENV    := .venv
 READY   := $(VENV)/.ready
 RUN     := $(VENV)/bin/
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test test-all rooms docs types lab soak readme lint
+.PHONY: help reproduce test test-all rooms docs types lab soak readme lint check-results
 QUIET   := GET_NB_PROGRESS=off OMP_NUM_THREADS=1
 export JUPYTER_PLATFORM_DIRS := 1
 
 help:            ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  PROFILE=$(PROFILE)     profile of make reproduce: a name in nbs/paper/profiles"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PROFILE=$(PROFILE)         profile of make reproduce: a name in nbs/paper/profiles"
 
 $(READY): constraints.txt settings.ini pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "get_nb needs Python 3.11, 3.12 or 3.13, this is %d.%d: name one with make PYTHON=python3.12" % v)'
@@ -22,6 +22,9 @@ $(READY): constraints.txt settings.ini pyproject.toml
 
 reproduce: $(READY)  ## train, generate, distil, evaluate and draw everything of a profile (PROFILE=cpu); what is up to date is kept
 	@$(RUN)get-nb reproduce --profile $(PROFILE)
+
+check-results: $(READY) ## compare what make reproduce has made with the published results; fails on a deviation
+	@$(RUN)get-nb check --profile $(PROFILE)
 
 test: $(READY)   ## the rooms, each in a fresh kernel, and the tests of tests/
 	@$(QUIET) $(RUN)pytest

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cli', 'main']
 
-# %% ../../nbs/lab/48_cli.ipynb #ea15956d
+# %% ../../nbs/lab/48_cli.ipynb #f502f880
 import json
 import os
 import sys
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import click
 
+from .check import check_profile, check_text
 from .commands import MODEL_COMMANDS, Commands
 from .core import ConfigError, FileError, find_root, require
 from .pipeline import StageError, run_profile
@@ -260,6 +261,22 @@ def _publish(profile, group, root, runs, keep, redrawn):
     other = "group" if group else "keep"
     require(not (group or keep), f"--redrawn publishes all that was redrawn; not with --{other}")
     click.echo(publish_redrawn(root, profile, runs))
+
+# %% ../../nbs/lab/48_cli.ipynb #7df5c628
+@cli.command("check")
+@_options("profile", "group", "root", "runs")
+@_JSON
+def _check(profile, group, root, runs, as_json):
+    """Compare a run with the published results; exit code 1 where one deviates.
+
+    \b
+    get-nb check
+    get-nb check --profile cpu-full --group students
+    get-nb check --json
+    """
+    found = check_profile(find_root(root), profile, group, runs)
+    click.echo(json.dumps(found, indent=1) if as_json else check_text(found))
+    sys.exit(0 if found["agrees"] else 1)
 
 # %% ../../nbs/lab/48_cli.ipynb #f86d5691
 @cli.command("doctor")
