@@ -6,13 +6,13 @@
 __all__ = ['EFFNET', 'EFFNET_SIZE', 'import_timm', 'by_position', 'load_effnet', 'effnet_input', 'is_effnet', 'effnet_size',
            'effnet_distance', 'EffnetFeatures']
 
-# %% ../../nbs/lab/13b_effnet.ipynb #79147780
+# %% ../../nbs/lab/13b_effnet.ipynb #3fbee9bc
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from .core import ConfigError, FileError, nearest, require
+from .core import ConfigError, FileError, require
 from .images import to_float
 from .weights import WEIGHTS, read_weights
 

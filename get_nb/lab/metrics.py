@@ -296,7 +296,7 @@ def fd_std(features, statistics: dict, draws: int = 20) -> float:
         distances.append(frechet(fid_features_to_statistics(again), statistics))
     return float(np.std(distances, ddof=1))
 
-# %% ../../nbs/lab/14_metrics.ipynb #dd540bf8
+# %% ../../nbs/lab/14_metrics.ipynb #0cf6647c
 _FEWEST = 4  # images of a set that has precision and recall: a third-nearest neighbour in each
 DISTANCES = 5 * 10**7  # held at a time by precision and recall: 0.2 GB, and five times that while they are sorted
 
@@ -316,8 +316,9 @@ def _require_same_network(own: dict, theirs: dict, network):
     if own["mu"].shape != theirs["mu"].shape:
         counts = f"{len(theirs['mu'])} features, the network has {len(own['mu'])}"
         raise ConfigError(f"the statistics are of {counts}: they are another network's")
-    said = theirs.get("about", network.about)
-    require(said == network.about, f"the statistics are of {said}, the network is {network.about}")
+    if "about" in theirs:
+        said = f"the statistics are of {theirs['about']}, the network is {network.about}"
+        require(theirs["about"] == network.about, said)
 
 
 def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False) -> dict:
