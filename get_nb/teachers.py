@@ -15,11 +15,12 @@ from .lab.images import check_sizes
 from .precond import EDMPrecond
 from .unet import UNet, UNetConfig
 
-# %% ../nbs/14_teachers.ipynb #a0f0c9b7
+# %% ../nbs/14_teachers.ipynb #a270b97e
 _DDPMPP = UNetConfig(augment_dim=9)
 _NCSNPP = replace(_DDPMPP, variant="ncsnpp")
 TEACHERS = {
     "unet-digits": UNetConfig(base=32, mult=(1, 1), blocks=1, attention=(4,), dropout=0.0, sigma_data=0.752),
+    "unet-fashion": UNetConfig(base=32, mult=(1, 2, 2), blocks=1, attention=(7,), dropout=0.0, sigma_data=0.706),
     "unet-shapes": UNetConfig(base=96, mult=(1, 2), blocks=2, attention=(8,), dropout=0.1, sigma_data=0.378),
     "edm-cifar10-32x32-cond-vp": _DDPMPP,
     "edm-cifar10-32x32-cond-ve": _NCSNPP,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAPS', 'resampling_filter', 'resample', 'Conv', 'UNetBlock', 'UNetConfig', 'UNet']
 
-# %% ../nbs/11_unet.ipynb #34277ab7
+# %% ../nbs/11_unet.ipynb #7ca295f6
 from typing import Literal
 
 import torch
@@ -13,8 +13,9 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 from torch.nn import functional as F
 
-from .lab.core import Fraction, Ints, config, require
+from .lab.core import Fraction, Ints, config
 from .lab.images import check_tensor
+from .lab.kernels import GroupNorm
 from .precond import FourierEmbedding, PositionalEmbedding
 
 # %% ../nbs/11_unet.ipynb #b32b3017
@@ -99,14 +100,7 @@ class Conv(nn.Conv2d):
             return resample(h, self.resample_filter, up=False, pad=0) + self.bias.view(1, -1, 1, 1)
         return super().forward(resample(x, self.resample_filter, self.mode == "up", pad))
 
-# %% ../nbs/11_unet.ipynb #9ad68738
-def _group_norm(channels: int):
-    "GroupNorm with at least 4 channels per group and at most 32 groups."
-    groups = max(1, min(32, channels // 4))
-    require(channels % groups == 0, f"{channels} channels have no {groups} equal groups: make base a multiple of 32")
-    return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
+# %% ../nbs/11_unet.ipynb #6ab2c3c3
 class UNetBlock(nn.Module):
     """The residual block of DDPM++ and NCSN++.
 
@@ -122,15 +116,15 @@ class UNetBlock(nn.Module):
 
     def __init__(self, cin, cout, emb, mode="", taps=(1, 1), attention=False, dropout=0.0):
         super().__init__()
-        self.norm0 = _group_norm(cin)
+        self.norm0 = GroupNorm(cin)
         self.conv0 = Conv(cin, cout, 3, mode, taps)
         self.affine = _scaled_init(nn.Linear(emb, cout))
-        self.norm1 = _group_norm(cout)
+        self.norm1 = GroupNorm(cout)
         self.conv1 = Conv(cout, cout, 3, gain=1e-5)
         self.skip = Conv(cin, cout, 1, mode, taps) if cin != cout or mode else nn.Identity()
         self.dropout, self.attention = dropout, attention
         if attention:
-            self.norm2 = _group_norm(cout)
+            self.norm2 = GroupNorm(cout)
             self.qkv = Conv(cout, 3 * cout, 1, gain=0.2**0.5)
             self.proj = Conv(cout, cout, 1, gain=1e-5)
 
@@ -200,7 +194,7 @@ def _encoder(cfg: UNetConfig, size: int, channels: int, block):
             widths.append(cfg.base * m)
     return enc, widths
 
-# %% ../nbs/11_unet.ipynb #90deb77c
+# %% ../nbs/11_unet.ipynb #d05097ec
 def _decoder(cfg: UNetConfig, size: int, channels: int, widths: list, block):
     "The upward path under the released names; it uses up `widths`, the encoder's."
     dec, c = nn.ModuleDict(), widths[-1]
@@ -215,7 +209,7 @@ def _decoder(cfg: UNetConfig, size: int, channels: int, widths: list, block):
             attention = i == cfg.blocks and res in cfg.attention
             dec[f"{res}x{res}_block{i}"] = block(c + widths.pop(), cfg.base * m, attention=attention)
             c = cfg.base * m
-    dec[f"{size}x{size}_aux_norm"] = _group_norm(c)
+    dec[f"{size}x{size}_aux_norm"] = GroupNorm(c)
     dec[f"{size}x{size}_aux_conv"] = Conv(c, channels, 3, gain=1e-5)
     return dec
 

@@ -1,6 +1,8 @@
-"""What the tests share: the clone's root, a way to call the command line, and one finished smoke chain."""
+"""What the tests share: the clone's root, the command line, one finished smoke chain, and the source of a cell."""
 
+import json
 import os
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,47 @@ COMMAND = [sys.executable, "-c", "from get_nb.lab.cli import main; main()"]
 def get_nb(*args, **kw):
     "Run `get-nb` in the clone; -> CompletedProcess."
     return subprocess.run([*COMMAND, *map(str, args)], cwd=ROOT, capture_output=True, text=True, **kw)
+
+
+UNITS = dict(
+    share_plain=100,
+    share_anderson=100,
+    share_broyden=100,
+    share=100,
+    parameters=1e-3,
+    images=1e-3,
+    teacher=1e-3,
+    accuracy=100,
+    copies=100,
+    mmac=1e3,
+    repeated=100,
+    memory=1e3,
+    gflop=1e3,
+    seconds=1e3,
+)  # column -> factor to the record's unit
+AS_RECORDED = ("memory_mb", "images_per_second")  # whatever the column is called
+
+
+def look_up(records, source):
+    "The value that a cell's source names: stage:path.in.its.record."
+    stage, path = source.split(":")
+    value = json.loads((records / stage / "record.json").read_text(encoding="utf-8"))
+    for part in path.split("."):
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    return value
+
+
+def traced_cells(table, records):
+    "Every measured cell of a table: its column, itself, and the value by the records that it names."
+    for row in table["rows"]:
+        for key, cell in row.items():
+            if isinstance(cell, dict) and cell["value"] is not None and key != "published":
+                values = [look_up(records, s) for s in cell["source"]]
+                value, raw = sum(values) if cell.get("sum") else statistics.fmean(values), cell["source"][0].split(".")
+                if raw[-1] in AS_RECORDED:
+                    yield key, cell, value
+                else:
+                    yield key, cell, 1000 / value if key == "rate" else value * UNITS.get(key, 1)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import time
 
@@ -14,7 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from conftest import COMMAND, ROOT, get_nb
+from conftest import COMMAND, ROOT, get_nb, traced_cells
 from get_nb.lab.publishing import compare_table
 from get_nb.lab.profiles import demo_clone, load_profile
 from get_nb.lab.stages import code_hashes, imported_modules, stage_outputs
@@ -47,45 +46,13 @@ def test_every_stage_leaves_a_stamp_a_page_and_its_products(smoke):
     assert "table_2_conditional: " in printed and "table_3_get_vs_vit: " in printed
 
 
-UNITS = dict(
-    share_plain=100,
-    share_anderson=100,
-    share_broyden=100,
-    parameters=1e-3,
-    images=1e-3,
-    teacher=1e-3,
-    accuracy=100,
-    copies=100,
-    mmac=1e3,
-    repeated=100,
-    memory=1e3,
-    gflop=1e3,
-)  # column -> factor to the record's unit
-
-
-def look_up(runs, source):
-    stage, path = source.split(":")
-    value = json.loads((runs / "smoke" / stage / "record.json").read_text(encoding="utf-8"))
-    for part in path.split("."):
-        value = value[int(part)] if isinstance(value, list) else value[part]
-    return value
-
-
 def test_each_number_of_a_table_is_the_one_in_the_records_it_names(smoke):
     runs, _ = smoke
     checked, with_seeds = 0, 0
     for table in tables(runs).values():
-        for row in table["rows"]:
-            for key, cell in row.items():
-                if not isinstance(cell, dict) or cell["value"] is None or key == "published":
-                    continue
-                values = [look_up(runs, s) for s in cell["source"]]
-                mean = sum(values) if cell.get("sum") else statistics.fmean(values)
-                assert cell["value"] == pytest.approx(1000 / mean if key == "rate" else mean * UNITS.get(key, 1)), (
-                    key,
-                    cell,
-                )
-                checked, with_seeds = checked + 1, with_seeds + (len(cell["source"]) > 1)
+        for key, cell, recorded in traced_cells(table, runs / "smoke"):
+            assert cell["value"] == pytest.approx(recorded), (key, cell)
+            checked, with_seeds = checked + 1, with_seeds + (len(cell["source"]) > 1)
     assert checked > 50 and with_seeds > 5
 
 

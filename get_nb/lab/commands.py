@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MODEL_COMMANDS', 'Commands']
 
-# %% ../../nbs/lab/47_commands.ipynb #65b2d673
+# %% ../../nbs/lab/47_commands.ipynb #f241d171
 import json
+import re
 from pathlib import Path
 
 import click
@@ -78,18 +79,20 @@ def _sample(weights, n, seed, labels, iterations, steps, precision, out):
     sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps, precision=precision)
     click.echo(f"{out}: {n} images from seeds {seed}..{seed + n - 1}")
 
-# %% ../../nbs/lab/47_commands.ipynb #a872d9e0
+# %% ../../nbs/lab/47_commands.ipynb #9d743300
 _SAMPLES_HELP = (
-    "Number of images; by default 50,000, and 5,000 with a classifier. "
+    "Number of images; by default 50,000, 10,000 with --features effnet, 5,000 with a classifier. "
     "(Under torchrun write --samples: it takes --n for its own.)"
 )
 _DATA_HELP = "Data set to compare with; by default the one of this image size: digits, fashion-mnist or cifar10."
 _CLASSIFIER_HELP = "Checkpoint of a classifier of the chain as feature network; by default Inception."
+_FEATURES_HELP = "A public feature network: inception, effnet or effnet/SIZE; beside --classifier, a second one."
 
 
 @click.command("evaluate")
 @click.argument("weights", type=click.Path())
 @click.option("--classifier", type=click.Path(), help=_CLASSIFIER_HELP)
+@click.option("--features", help=_FEATURES_HELP)
 @click.option("--data", help=_DATA_HELP)
 @click.option("--train-stats", type=click.Path(), help="Statistics of the training split: .npz with mu and sigma.")
 @click.option("--test-stats", type=click.Path(), help="Statistics of the test split, likewise.")
@@ -100,7 +103,7 @@ _CLASSIFIER_HELP = "Checkpoint of a classifier of the chain as feature network; 
 @_PRECISION
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "out", type=click.Path(dir_okay=False), help="File for the json; by default stdout.")
-def _evaluate(weights, classifier, train_stats, test_stats, out, **how):
+def _evaluate(weights, classifier, features, train_stats, test_stats, out, **how):
     """FID, KID, IS, precision, recall and cost of weights, against both splits.
 
     WEIGHTS: a shipped name, own (.safetensors), GET's (.pth) or EDM's (.pkl).
@@ -109,13 +112,17 @@ def _evaluate(weights, classifier, train_stats, test_stats, out, **how):
     \b
     get-nb evaluate runs/cpu/get/student.safetensors --classifier runs/cpu/classifier/classifier.safetensors
     get-nb evaluate get-b.pth --data cifar10 --json get-b.json
+    get-nb evaluate runs/fashion/get/student.safetensors --features effnet
 
     On 8 GPUs: torchrun --nproc-per-node 8 $(which get-nb) evaluate WEIGHTS --samples 50000
     """
+    public = re.fullmatch(r"inception|effnet(/\d+)?", features or "inception")
+    require(public, f"--features {features}: inception, effnet or effnet/SIZE; a file goes with --classifier")
     from get_nb.lab.evaluate import evaluate_checkpoint, evaluation_table
 
     statistics = dict(train=train_stats, test=test_stats)
-    result = evaluate_checkpoint(weights, classifier or "inception", statistics=statistics, **how)
+    sources = [source for source in (classifier, features) if source] or ["inception"]
+    result = evaluate_checkpoint(weights, sources, statistics=statistics, **how)
     if result is None:  # another process speaks
         return
     click.echo(evaluation_table(result), err=True)

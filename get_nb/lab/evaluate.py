@@ -6,7 +6,7 @@
 __all__ = ['training_formulation', 'sampling_formulation', 'join_gloo', 'spread', 'load_references', 'evaluate_checkpoint',
            'evaluation_table', 'save_grid', 'sample_to_file']
 
-# %% ../../nbs/lab/31_evaluate.ipynb #bbab2c57
+# %% ../../nbs/lab/31_evaluate.ipynb #8169bd04
 import math
 import os
 from datetime import timedelta
@@ -21,11 +21,13 @@ from ..get import GET, ViT
 from .checkpoints import load_checkpoint
 from .core import ConfigError, progress, require, setup
 from .data import load_data, short_name
+from .effnet import is_effnet
 from .fast import Fast, require_options
 from .figures import image_grid
 from .files import atomic_path
 from .images import finite_bytes
 from .records import Column, table_markdown
+from .report import in_features, kid_digits
 from .released import load_edm_pickle, load_reference_get
 from .schedule import TrainConfig
 from ..pairs import draw_noise
@@ -133,12 +135,12 @@ def _shape_of(model) -> tuple:
     c = model.config
     return c["channels"], c["image_size"], c["image_size"]
 
-# %% ../../nbs/lab/31_evaluate.ipynb #cb22a601
+# %% ../../nbs/lab/31_evaluate.ipynb #1aea715e
 # what models of this shape are compared with by default
 _KNOWN_DATA = {(1, 8, 8): "digits", (1, 28, 28): "fashion-mnist", (3, 32, 32): "cifar10"}
 
 
-def load_references(shape: tuple, data: str, statistics: dict, path):
+def load_references(shape: tuple, data: str, statistics: dict, path, most: int = 0):
     """What a model is compared with: images of both splits, or statistics that are already there.
 
     Args:
@@ -146,6 +148,7 @@ def load_references(shape: tuple, data: str, statistics: dict, path):
         data: name of the set; None: by shape
         statistics: split -> file with mu and sigma, for splits whose images are not loaded
         path: of the weights, for messages
+        most: images of a split, as a stage `reference` takes them; 0: all
 
     Returns:
         short name of the set, training split, test split: each an ImageSet or a dict of mu and sigma
@@ -155,6 +158,7 @@ def load_references(shape: tuple, data: str, statistics: dict, path):
         FileError: a file of statistics cannot be used
     """
     from get_nb.lab.metrics import load_statistics  # only who measures waits for torch-fidelity
+    from get_nb.lab.reference import reference_set
 
     size = "x".join(map(str, shape))
     name = data or _KNOWN_DATA.get(shape)
@@ -167,10 +171,13 @@ def load_references(shape: tuple, data: str, statistics: dict, path):
         images = load_data(name, split, size=shape[-1] if name == "shapes" else 0)
         own = "x".join(map(str, images.shape))
         require(images.shape == shape, f"{path}: makes images of {size}, {images.name} has {own}")
-        splits.append(images)
+        splits.append(reference_set(images, most))
     return short_name(name), *splits
 
-# %% ../../nbs/lab/31_evaluate.ipynb #da5f221c
+# %% ../../nbs/lab/31_evaluate.ipynb #ab24a3b6
+_SAMPLES = dict(inception=50_000, effnet=10_000)  # images, unless told; a classifier: 5,000
+
+
 def evaluate_checkpoint(
     path,
     features="inception",
@@ -187,9 +194,9 @@ def evaluate_checkpoint(
 
     Args:
         path: .safetensors, .pth or .pkl
-        features: "inception", or the checkpoint of a classifier
+        features: "inception", "effnet", or the checkpoint of a classifier; or a list: all measure the same images
         data: set to compare with; None: by the shape of the images
-        samples: number of images; None: 50,000 with Inception, else 5,000
+        samples: number of images; None: 50,000 with Inception, 10,000 with EfficientNet, else 5,000
         statistics: split -> file with mu and sigma, instead of its images
         unconditional: of a conditional teacher: give no labels
         steps: Heun steps of a teacher; None: 18
@@ -209,40 +216,45 @@ def evaluate_checkpoint(
 
     model = _load_kind(path, _GENERATORS, "nothing that makes images")
     device = join_gloo(device)
-    _refuse_misfits(model, path, features, unconditional or steps)
-    network = load_features(features, device)
-    name, train, test = load_references(_shape_of(model), data, statistics or {}, path)
+    sources = features if isinstance(features, list) else [features]
+    _refuse_misfits(model, path, sources, statistics, unconditional or steps)
+    networks = [load_features(f, device) for f in sources]
+    kinds = [n.kind for n in networks]
+    most = _SAMPLES["effnet"] if "effnet" in kinds else 0
+    name, train, test = load_references(_shape_of(model), data, statistics or {}, path, most)
     cfg = EvalConfig(
-        samples=samples or (50_000 if features == "inception" else 5000),
+        samples=samples or max(_SAMPLES.get(k, 5000) for k in kinds),
         batch_size=batch_size,
         num_steps=steps or 18,
         conditional=not unconditional and bool(model.config["num_classes"]),
         precision=precision,
     )
     formulation = sampling_formulation(model.to(device), precision)
-    return evaluate(model, cfg, train, test, network, name, formulation, spread)[0]
+    return evaluate(model, cfg, train, test, networks, name, formulation, spread)[0]
 
-# %% ../../nbs/lab/31_evaluate.ipynb #12533df5
-def _refuse_misfits(model, path, features, teachers_only):
-    "Refuse options of evaluate_checkpoint that do not fit the model."
+# %% ../../nbs/lab/31_evaluate.ipynb #b44a18d3
+def _refuse_misfits(model, path, sources: list, statistics, teachers_only):
+    "Refuse options of evaluate_checkpoint that do not fit the model, or each other."
     c = model.config
-    if features != "inception":
-        _load_kind(features, ("classifier",), "not a classifier")
+    for source in sources:
+        if source != "inception" and not is_effnet(source):
+            _load_kind(source, ("classifier",), "not a classifier")
+    several = f"statistics are of one network's features, {len(sources)} are asked for"
+    require(len(sources) == 1 or not any((statistics or {}).values()), several)
     reason = f"a {c['name']} takes neither --steps nor --unconditional"
     one_step = "it is one-step, and conditional as it was trained"
     require(not teachers_only or c["builder"] in _TEACHERS, f"{path}: {reason}: {one_step}")
-    if features == "inception" and c["channels"] != 3:
+    if "inception" in sources and c["channels"] != 3:
         channels = f"makes images of {c['channels']} channel, Inception needs 3"
-        raise ConfigError(f"{path}: {channels}: name a classifier with --classifier")
+        raise ConfigError(f"{path}: {channels}: name a classifier with --classifier, or --features effnet")
 
-# %% ../../nbs/lab/31_evaluate.ipynb #89d95a71
+# %% ../../nbs/lab/31_evaluate.ipynb #17843e04
 def _table_columns(result: dict) -> list:
     "Columns of the table: KID needs more digits in Inception's features."
-    digits = 5 if result["distance"] == "FID" else 2
     return [
         Column(key="split", label="against"),
         Column(key="fd", label=f"{result['distance']} ↓"),
-        Column(key="kid", label="KID ↓", digits=digits),
+        Column(key="kid", label="KID ↓", digits=kid_digits(result["distance"])),
         Column(key="precision", label="precision ↑", digits=3),
         Column(key="recall", label="recall ↑", digits=3),
     ]
@@ -273,13 +285,17 @@ def evaluation_table(result: dict) -> str:
     Returns:
         a table in markdown, with notes
     """
-    rows = []
-    for split in ("train", "test"):
-        r = result[split]
-        cells = {k: dict(value=r[k], std=r.get(f"{k}_std")) for k in ("fd", "kid", "precision", "recall")}
-        rows.append(dict(split=f"{result['data']}/{split}", **cells))
-    columns = [{k: getattr(c, k) for k in Column.__dataclass_fields__} for c in _table_columns(result)]
-    return table_markdown(dict(title=result["name"], columns=columns, rows=rows, notes=_table_notes(result)))
+    tables = []
+    for features in ("", *result.get("also", {})):
+        shown = in_features(dict(result, stage=result["name"]), features)
+        rows = []
+        for split in ("train", "test"):
+            r = shown[split]
+            cells = {k: dict(value=r[k], std=r.get(f"{k}_std")) for k in ("fd", "kid", "precision", "recall")}
+            rows.append(dict(split=f"{shown['data']}/{split}", **cells))
+        columns = [{k: getattr(c, k) for k in Column.__dataclass_fields__} for c in _table_columns(shown)]
+        tables.append(dict(title=shown["name"], columns=columns, rows=rows, notes=_table_notes(shown)))
+    return "\n".join(map(table_markdown, tables))
 
 # %% ../../nbs/lab/31_evaluate.ipynb #c2300277
 def save_grid(images, path, scale: int = 0):

