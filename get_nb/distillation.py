@@ -170,7 +170,7 @@ def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, dist
     labels = send(batch["label"], device) if model.config["num_classes"] else None
     return distill_loss(formulation or model, noise, labels, image, cfg, n_iter, distance)
 
-# %% ../nbs/31_distillation.ipynb #d9551de2
+# %% ../nbs/31_distillation.ipynb #57f90922
 def _check_distillation(model, pairs, cfg, train_cfg, functions):
     "Refuse what cannot be distilled, or not so: a conditional student of pairs whose labels it cannot know, too."
     require_model("model", model, named=True)
@@ -192,6 +192,7 @@ def distill(
     probe=None,
     distance=None,
     formulation=None,
+    watch=None,
 ):
     """Distil the teacher behind `pairs` into `model` (GET; locuslab/get).
 
@@ -205,6 +206,7 @@ def distill(
         distance: (image, target) -> scalar; None: the pixel distance that cfg.loss names
         formulation: what computes in the model's place, over its parameters; None: the model itself. What it chooses by
             measuring is kept in the checkpoints, and holds when the training is resumed
+        watch: (run) -> {name: number} or None, called at each point of the curve, as in `train`
 
     Returns:
         averaged model (eval mode), history as `train` returns it
@@ -220,9 +222,9 @@ def distill(
         n = iterations_at(cfg, step, train_cfg.steps, train_cfg.seed)
         return pairs_loss(model, pairs, index, cfg, n, distance, formulation)
 
-    functions = dict(probe=probe, distance=distance, formulation=formulation)
+    functions = dict(probe=probe, distance=distance, formulation=formulation, watch=watch)
     _check_distillation(model, pairs, cfg, train_cfg, functions)
     digests = [s["sha256"] for s in pairs.manifest["shards"]]
     identity = dict(distill=asdict(cfg), model=model.config, pairs=digests)
     chooses = formulation if hasattr(formulation, "restore") else None
-    return train(model, loss_fn, train_cfg, state_dir, identity, model.config["name"], formulation=chooses)
+    return train(model, loss_fn, train_cfg, state_dir, identity, model.config["name"], watch, chooses)

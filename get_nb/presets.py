@@ -14,7 +14,7 @@ from .get import RELEASED_SIZES, GETConfig, TransformerConfig, ViT
 from .lab.core import ConfigError, build_config, nearest, require
 from .lab.images import check_sizes
 
-# %% ../nbs/26_presets.ipynb #ab5fb57c
+# %% ../nbs/26_presets.ipynb #5c7214d9
 MODELS = dict(RELEASED_SIZES)
 for _name, _cfg in RELEASED_SIZES.items():
     if isinstance(_cfg, GETConfig):
@@ -24,6 +24,20 @@ MODELS["GET-digits/2"] = EquilibriumConfig(
 )
 MODELS["ViT-digits/2"] = TransformerConfig(dim=64, depth=3, heads=4, mlp_ratio=4.5)
 MODELS["ViT-digits-5x/2"] = TransformerConfig(dim=128, depth=4, heads=8, mlp_ratio=4.25)
+MODELS["GET-fashion/4"] = EquilibriumConfig(
+    dim=128,
+    depth=1,
+    heads=4,
+    patch=4,
+    deq_depth=2,
+    deq_mlp_ratio=4.0,
+    tol=None,
+    z0="zero",
+    select="last",
+    state="normalized",
+)
+MODELS["ViT-fashion/4"] = TransformerConfig(dim=128, depth=4, heads=4, mlp_ratio=3.25, patch=4)
+MODELS["ViT-fashion-5x/4"] = TransformerConfig(dim=256, depth=4, heads=8, mlp_ratio=4.25, patch=4)
 
 # %% ../nbs/26_presets.ipynb #deeb93fd
 def build_model(name: str, *, num_classes: int = 0, image_size: int = 32, channels: int = 3, **overrides):
