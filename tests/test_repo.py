@@ -25,6 +25,7 @@ from lint import (
     PAPER,
     SPINE,
     cells,
+    exercise,
     house,
     imports_by_string,
     module_of,
@@ -96,6 +97,29 @@ def test_a_notebook_keeps_the_house_rules(path):
     assert not problems(path)
 
 
+FAULTS = {
+    "missing": lambda cells: cells[:-2],
+    "not the last": lambda cells: [*cells, cells[0]],
+    "two": lambda cells: [*cells[:-2], *cells[-2:] * 2],
+    "no solution": lambda cells: cells[:-1],
+    "open on the site": lambda cells: [*cells[:-1], cells[-1] | dict(metadata=cells[-1]["metadata"] | dict(tags=[]))],
+    "open in JupyterLab": lambda cells: [*cells[:-1], cells[-1] | dict(metadata=dict(tags=["hide-cell"]))],
+    "exported": lambda cells: [*cells[:-1], cells[-1] | dict(source="#| export\nassert True")],
+    "proves nothing": lambda cells: [*cells[:-1], cells[-1] | dict(source="print(1)")],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_spine_room_without_a_folded_exercise_is_noticed(fault, tmp_path):
+    path = tmp_path / "nbs" / SPINE[0].name
+    path.parent.mkdir()
+    nb = json.loads(SPINE[0].read_text(encoding="utf-8"))
+    path.write_text(json.dumps(nb), encoding="utf-8")
+    assert not list(exercise(path))
+    path.write_text(json.dumps(nb | dict(cells=FAULTS[fault](nb["cells"]))), encoding="utf-8")
+    assert list(exercise(path))
+
+
 def test_imports_of_exported_cells_run_one_way():
     assert not list(wrong_edges(ROOMS))
 
@@ -161,7 +185,7 @@ def test_environment_yml_says_what_settings_ini_says():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert environment["dependencies"][-1]["pip"] == wanted
     assert environment["dependencies"][0] == "python >=3.11,<3.14" and cfg["min_python"] == "3.11"
-    assert "tags" in cfg["allowed_cell_metadata_keys"].split()
+    assert cfg["allowed_cell_metadata_keys"].split() == ["tags", "jupyter"]
 
 
 def test_the_metadata_of_pyproject_say_what_settings_ini_says():
