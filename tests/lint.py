@@ -288,7 +288,7 @@ def exercise(path):
         yield f"{path.name}: the solution is to assert that it is right, and not to be exported"
 
 
-RULES = (sizes, long_lines, side_effects, docstrings, encodings)
+RULES = (sizes, long_lines, side_effects, docstrings, encodings, exercise)
 
 
 def problems(path):
