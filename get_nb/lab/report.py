@@ -15,7 +15,7 @@ import yaml
 from .core import find_root, nearest, require
 from .records import cell, read_record, show_cell
 
-# %% ../../nbs/lab/21_report.ipynb #76264ade
+# %% ../../nbs/lab/21_report.ipynb #19602e69
 def in_features(record: dict, features: str = "") -> dict:
     """A record as if the network of these features had been the only one.
 
@@ -35,12 +35,8 @@ def in_features(record: dict, features: str = "") -> dict:
     others = record.get("also", {})
     have = f"{record['stage']}: nothing was measured in features {features!r}{nearest(features, others)}"
     require(features in others, have)
-
-    def shown(point):
-        kept = {k: v for k, v in point["also"][features].items() if k != "class_accuracy"}  # a classifier's alone
-        return point | kept
-
-    return shown(record) | dict(sweep=[shown(p) for p in record.get("sweep", [])], shown_in=features)
+    sweep = [point | point["also"][features] for point in record.get("sweep", [])]
+    return record | others[features] | dict(sweep=sweep, shown_in=features)
 
 
 def read_rows(records, rows: dict, features: str = "") -> dict:
