@@ -46,8 +46,8 @@ docs: $(VENV)/.docs ## build the site from the saved notebooks, without a networ
 types: $(VENV)/.docs ## the type checker over the public names
 	@$(RUN)mypy
 
-lab: $(READY)    ## open the rooms in JupyterLab
-	@$(RUN)jupyter lab nbs
+lab: $(READY)    ## open the start page, and all rooms, in JupyterLab
+	@$(RUN)jupyter lab nbs/start.ipynb
 
 soak: $(READY)   ## the long campaigns of tests/soak
 	@$(QUIET) $(RUN)pytest tests/soak -o addopts=-q -s

@@ -166,6 +166,8 @@ def prepare(app, name, content):
             cell["source"] = relink("".join(cell["source"]))
         else:
             cell["source"] = re.sub(r"(?m)^#\|.*\n?", "", "".join(cell["source"]))  # nbdev's directives
+            if "hide-cell" in cell["metadata"].get("tags", []):
+                cell["metadata"]["mystnb"] = dict(code_prompt_show="Show the solution", code_prompt_hide="Hide it")
     nb["cells"] = [c for c in nb["cells"] if c["source"] or c.get("outputs")]
     if name == root_doc:
         lists = {t: names for t, names in trees().items() if t in DIRECT}

@@ -3,6 +3,7 @@
 Spine (nbs/NN_*.ipynb): functions of at most 25 lines, at most 150 exported lines. Lab (nbs/lab): 30 and 250.
 Docstrings, comments and blank lines are not counted. No line of code over 120 characters.
 Every public function, class and method says in its docstring what each argument is, what is returned and what is raised.
+A spine room ends with an exercise and its folded, tested solution.
 """
 
 import ast
@@ -270,7 +271,24 @@ def encodings(path):
             yield f'{path.name}: code cell {number}, line {line}: say encoding="utf-8"'
 
 
-RULES = (sizes, long_lines, side_effects, docstrings, encodings)
+def exercise(path):
+    "A spine room ends with one exercise: a heading, what to do, and a solution that is folded, not exported, and asserts."
+    if not re.match(r"\d", path.name) or path.parent.name != "nbs":
+        return
+    every = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    asked = [i for i, c in enumerate(every) if re.match("## Exercise", source(c))]
+    if asked != [len(every) - 2] or every[-2]["cell_type"] != "markdown" or every[-1]["cell_type"] != "code":
+        yield f"{path.name}: the last two cells are to be the one `## Exercise` and its solution"
+        return
+    meta, text = every[-1]["metadata"], source(every[-1])
+    folded = dict(outputs_hidden=True, source_hidden=True)
+    if meta.get("jupyter") != folded or "hide-cell" not in meta.get("tags", []):
+        yield f"{path.name}: the solution is not folded: its metadata lack the tag hide-cell, or jupyter: {folded}"
+    if is_exported(text) or not any(isinstance(n, ast.Assert) for n in ast.walk(ast.parse(text))):
+        yield f"{path.name}: the solution is to assert that it is right, and not to be exported"
+
+
+RULES = (sizes, long_lines, side_effects, docstrings, encodings, exercise)
 
 
 def problems(path):

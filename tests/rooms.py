@@ -63,7 +63,7 @@ def save(path, nb):
     "Write the outputs, and nothing else that a run leaves behind."
     raw = json.loads(nbformat.writes(nb))
     for cell in raw["cells"]:
-        cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
+        cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k in ("tags", "jupyter")}
         if cell["cell_type"] == "code":
             cell["execution_count"] = None
     raw["metadata"] = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}

@@ -1,5 +1,6 @@
 """CONTRIBUTING.md, followed to the letter: each recipe's text is taken from the page and does what the page says."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -19,23 +20,27 @@ from get_nb.lab.profiles import demo_clone
 from lint import problems
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+HEADING = "## (?!Exercise)"  # which stands in a room, not on the page
 
 
 def blocks(title):
     "The fenced blocks under a heading."
-    section = re.search(rf"(?ms)^## {title}\n(.*?)(?=^## |\Z)", TEXT)[1]
+    section = re.search(rf"(?ms)^## {title}\n(.*?)(?=^{HEADING}|\Z)", TEXT)[1]
     return re.findall(r"(?ms)^```\w+\n(.*?)\n```$", section)
 
 
 def test_every_recipe_has_a_text_to_follow():
-    assert re.findall(r"(?m)^## (.*)$", TEXT) == ["A room", "A solver", "A student", "A rival", "A data set", "A table"]
-    assert all(blocks(t) for t in re.findall(r"(?m)^## (.*)$", TEXT))
+    titles = re.findall(f"(?m)^{HEADING}(.*)$", TEXT)
+    assert titles == ["A room", "A solver", "A student", "A rival", "A data set", "A table"]
+    assert all(map(blocks, titles))
 
 
 def test_a_room(tmp_path):
-    first, *code = blocks("A room")
+    first, *code, asked, solution, folded = blocks("A room")
     nb = nbformat.v4.new_notebook()
     nb.cells = [nbformat.v4.new_markdown_cell(first), *map(nbformat.v4.new_code_cell, code)]
+    nb.cells += [nbformat.v4.new_markdown_cell(asked)]
+    nb.cells += [nbformat.v4.new_code_cell(solution, metadata=json.loads(folded))]
     (tmp_path / "nbs").mkdir()
     shutil.copy(ROOT / "settings.ini", tmp_path)
     nbformat.write(nb, tmp_path / "nbs/47_halving.ipynb")
@@ -44,6 +49,7 @@ def test_a_room(tmp_path):
     names = {}
     exec((tmp_path / "get_nb/halving.py").read_text(encoding="utf-8"), names)
     exec(code[-1], names)
+    exec(solution, names)
 
 
 def test_a_solver(monkeypatch):

@@ -7,7 +7,7 @@ import zipfile
 
 from conftest import ROOT
 
-BLOCKED = ["nbdev", "execnb", "fastcore", "ghapi", "jupyterlab", "pytest", "ruff", "pre_commit"]
+BLOCKED = ["nbdev", "execnb", "fastcore", "ghapi", "jupyterlab", "ipywidgets", "pytest", "ruff", "pre_commit"]
 PROBE = f"""
 import importlib, pkgutil, sys
 class Refuse:

@@ -25,6 +25,7 @@ from lint import (
     PAPER,
     SPINE,
     cells,
+    exercise,
     house,
     imports_by_string,
     module_of,
@@ -35,6 +36,7 @@ from lint import (
 )
 
 ROOMS = [*SPINE, *LAB]
+PAGES = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p not in SPINE)  # start, index and the like
 CONTRACT = set(
     """create_model fixed_point_iter anderson broyden solve equilibrium unroll unroll_constant create_teacher heun_sample
     euler_sample edm_sigmas load_data PairDataset generate_pairs save_pairs import_reference_pairs train TrainConfig distill
@@ -64,13 +66,13 @@ def test_cleaning_keeps_tags_and_changes_nothing(tmp_path):
     shutil.copytree(ROOT / "nbs", tmp_path / "nbs")
     shutil.copy(ROOT / "settings.ini", tmp_path)
     subprocess.run([Path(sys.executable).parent / "nbdev_clean", "--fname", "nbs"], cwd=tmp_path, check=True)
-    for path in [*ROOMS, *PAPER]:
+    for path in [*PAGES, *ROOMS, *PAPER]:
         assert (tmp_path / path.relative_to(ROOT)).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), (
             f"{path.name}: run nbdev_clean"
         )
 
 
-@pytest.mark.parametrize("path", [*ROOMS, *PAPER], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*PAGES, *ROOMS, *PAPER], ids=lambda p: p.stem)
 def test_a_notebook_is_fit_to_be_read(path):
     code = cells(path)
     assert not any("if False" in source(c) for c in code)
@@ -90,9 +92,32 @@ def test_a_paper_notebook_has_one_parameters_cell_and_no_outputs(path):
     assert not any(c["outputs"] for c in cells(path))
 
 
-@pytest.mark.parametrize("path", [*ROOMS, *PAPER], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*PAGES, *ROOMS, *PAPER], ids=lambda p: p.stem)
 def test_a_notebook_keeps_the_house_rules(path):
     assert not problems(path)
+
+
+FAULTS = {
+    "missing": lambda cells: cells[:-2],
+    "not the last": lambda cells: [*cells, cells[0]],
+    "two": lambda cells: [*cells[:-2], *cells[-2:] * 2],
+    "no solution": lambda cells: cells[:-1],
+    "open on the site": lambda cells: [*cells[:-1], cells[-1] | dict(metadata=cells[-1]["metadata"] | dict(tags=[]))],
+    "open in JupyterLab": lambda cells: [*cells[:-1], cells[-1] | dict(metadata=dict(tags=["hide-cell"]))],
+    "exported": lambda cells: [*cells[:-1], cells[-1] | dict(source="#| export\nassert True")],
+    "proves nothing": lambda cells: [*cells[:-1], cells[-1] | dict(source="print(1)")],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_spine_room_without_a_folded_exercise_is_noticed(fault, tmp_path):
+    path = tmp_path / "nbs" / SPINE[0].name
+    path.parent.mkdir()
+    nb = json.loads(SPINE[0].read_text(encoding="utf-8"))
+    path.write_text(json.dumps(nb), encoding="utf-8")
+    assert not list(exercise(path))
+    path.write_text(json.dumps(nb | dict(cells=FAULTS[fault](nb["cells"]))), encoding="utf-8")
+    assert list(exercise(path))
 
 
 def test_imports_of_exported_cells_run_one_way():
@@ -160,7 +185,7 @@ def test_environment_yml_says_what_settings_ini_says():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert environment["dependencies"][-1]["pip"] == wanted
     assert environment["dependencies"][0] == "python >=3.11,<3.14" and cfg["min_python"] == "3.11"
-    assert "tags" in cfg["allowed_cell_metadata_keys"].split()
+    assert cfg["allowed_cell_metadata_keys"].split() == ["tags", "jupyter"]
 
 
 def test_the_metadata_of_pyproject_say_what_settings_ini_says():
@@ -191,7 +216,9 @@ def test_the_type_checker_reads_every_public_name():
 @pytest.mark.slow
 def test_the_public_surface_has_no_type_errors():
     pytest.importorskip("mypy", reason="the extra `types`: make types installs it")
-    done = subprocess.run([sys.executable, "-m", "mypy", "--cache-dir=/dev/null"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--cache-dir=/dev/null"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -220,7 +247,9 @@ def test_a_report_shows_what_is_published(name):
     assert fill_blocks(ROOT, text) == text, "run make readme"
 
 
-@pytest.mark.parametrize("name", ["README.md", "results/README.md", "nbs/index.ipynb", "nbs/differences.ipynb"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "results/README.md", "nbs/index.ipynb", "nbs/start.ipynb", "nbs/differences.ipynb"]
+)
 def test_links_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     if name.endswith(".ipynb"):
@@ -298,3 +327,34 @@ def test_what_people_cite_and_what_a_machine_runs_agree_with_settings_ini():
     changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## {s['version']}" in changes and "## Unreleased" in changes
     assert (ROOT / "get_nb/py.typed").is_file() and "py.typed" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+MOVING = [p for p in [*PAGES, *ROOMS] if any("explore(" in source(c) for c in cells(p))]
+
+
+@pytest.mark.parametrize("path", MOVING, ids=lambda p: p.stem)
+def test_sliders_stand_beside_a_picture_that_the_same_function_drew(path):
+    "What a reader without a kernel sees: the picture, and one sentence in place of the sliders."
+    pictured = set()
+    for c in cells(path):
+        shown = [o.get("data", {}) for o in c["outputs"]]
+        if any("image/png" in data for data in shown):
+            pictured |= set(re.findall(r"(?m)^(\w+)\(\);$", source(c)))
+        for name in re.findall(r"(?m)^explore\((\w+), ", source(c)):
+            assert name in pictured, f"{name} is shown by sliders only"
+            said = "".join("".join(data["text/plain"]) for data in shown)
+            assert said.startswith("Run this page in JupyterLab to choose ") and said.count(".") == 1
+
+
+def test_a_hosted_notebook_installs_what_is_pinned_and_opens_the_start_page():
+    s, readme = SETTINGS["DEFAULT"], (ROOT / "README.md").read_text(encoding="utf-8")
+    address = f"https://mybinder.org/v2/gh/{s['user']}/{s['repo']}/{s['branch']}"
+    assert re.findall(re.escape(address) + r"\?labpath=([\w%.]+)\)", readme) == ["nbs%2Fstart.ipynb"]
+    lines = (ROOT / "binder/requirements.txt").read_text(encoding="utf-8").split("\n")
+    asked = {line for line in lines if line and not line.startswith("#")}
+    assert {"-c ../constraints.txt", "-e .", "torch", "--extra-index-url https://download.pytorch.org/whl/cpu"} <= asked
+    known = s["requirements"] + " " + s["dev_requirements"]
+    assert {line for line in asked if line[0] != "-"} <= {re.split(r"[<>=]", r)[0] for r in known.split()}
+    python = (ROOT / "binder/runtime.txt").read_text(encoding="utf-8").strip().removeprefix("python-")
+    assert SpecifierSet(">=3.11,<3.14").contains(python)
+    assert "jupyter lab nbs/start.ipynb" in (ROOT / "Makefile").read_text(encoding="utf-8")
