@@ -183,21 +183,24 @@ class EvalConfig:
     precision: Literal["float32", "bf16"] = "float32"
     first_seed: NonNegativeInt = EVAL_SEED
 
-# %% ../nbs/32_evaluation.ipynb #d93dfc00
+# %% ../nbs/32_evaluation.ipynb #c226013b
 def _in_turn(f, parts: list, desc: str) -> list:
     "f of every part, one after the other."
     return [f(p) for p in progress(parts, desc=desc)]
 
 
-def _metrics(made: dict, labels, train, test, network, only_fd: bool) -> dict:
-    "Distances of what the network made of the images to both splits, and accuracy where it knows the classes."
+def _metrics(made: dict, train, test, network, only_fd: bool) -> dict:
+    "Distances of what the network made of the images to both splits."
     from get_nb.lab.metrics import compare  # torch-fidelity takes two seconds to import: only who measures waits
 
     splits = dict(train=train, test=test)
-    out = {k: compare(made, getattr(split, "images", split), network, only_fd) for k, split in splits.items()}
-    known = network.kind == "classifier" and labels.min() >= 0
-    out["class_accuracy"] = (made["logits"].argmax(1) == labels).float().mean().item() if known else None
-    return out
+    return {k: compare(made, getattr(split, "images", split), network, only_fd) for k, split in splits.items()}
+
+
+def _accuracy(made: list, labels, networks: list):
+    "Share of images in the class asked for, where a network knows the classes; else None."
+    known = [m["logits"] for m, n in zip(made, networks) if n.kind == "classifier" and labels.min() >= 0]
+    return (known[0].argmax(1) == labels).float().mean().item() if known else None
 
 
 def _all_of(network) -> list:
@@ -254,8 +257,8 @@ def measure(model, cfg: EvalConfig, train, test, network, *, how, only_fd=False,
     images, labels, made, ms = zip(*parts)
     images, labels = torch.cat(images), torch.cat(labels)
     made = [{k: torch.cat([m[k] for m in batches]) for k in batches[0]} for batches in zip(*made)]
-    own, *others = (_metrics(m, labels, train, test, n, only_fd) for m, n in zip(made, networks))
-    result = dict(samples=cfg.samples, **precision, **how) | own
+    own, *others = (_metrics(m, train, test, n, only_fd) for m, n in zip(made, networks))
+    result = dict(samples=cfg.samples, **precision, **how, **own, class_accuracy=_accuracy(made, labels, networks))
     result |= dict(also={n.kind: m for n, m in zip(networks[1:], others)}) if others else {}
     result |= cost(model, cfg.conditional, **how) | dict(ms_per_image=statistics.median(ms))
     return result, images, labels

@@ -123,13 +123,13 @@ def loss_curve(history: dict, label: str = "loss"):
     ax.semilogy(history["step"], history["loss"])
     ax.set(xlabel="step", ylabel=label)
 
-# %% ../../nbs/lab/15_figures.ipynb #19baaef9
+# %% ../../nbs/lab/15_figures.ipynb #9c30f5bf
 def critic_curves(curves: dict, monitored: dict):
     """Draw an adversarial training.
 
     Args:
         curves: of `train_gan`: lists "step", "generator", "critic", "right", "contrast", "diversity", perhaps "extra"
-        monitored: lists "step" and "fd", the distance on the critic's features
+        monitored: lists "step" and "fd", the distance that is watched while training
     """
     import matplotlib.pyplot as plt
 
@@ -138,7 +138,7 @@ def critic_curves(curves: dict, monitored: dict):
         for name in names:
             if any(curves.get(name, ())):  # GDD has no extra loss: it is zero
                 ax.plot(curves["step"], curves[name], label=name)
-    axes[2].semilogy(monitored["step"], monitored["fd"], "o-", label="FD, critic's features")
+    axes[2].semilogy(monitored["step"], monitored["fd"], "o-", label="FD, watched")
     for ax in axes:
         ax.set_xlabel("step")
         ax.legend(fontsize=8)

@@ -142,7 +142,7 @@ def stalled(steps: list, values: list, what: str, tolerance: float = 0.1) -> lis
         return []
     return [f"{what} stopped improving: {values[best]:.4g} at step {steps[best]}, {values[-1]:.4g} at the end"]
 
-# %% ../../nbs/lab/34_monitor.ipynb #47363cbb
+# %% ../../nbs/lab/34_monitor.ipynb #d1172637
 def gan_health(history: dict) -> list:
     """Collapse of the critic, mode loss and stagnation, judged on the last quarter of a run.
 
@@ -162,7 +162,7 @@ def gan_health(history: dict) -> list:
         found.append(f"the critic has collapsed: its logits for real images differ by {last['contrast']:.1g} only")
     if last["diversity"] < 0.6:
         found.append(f"mode loss: images of a batch differ {last['diversity']:.0%} as much as real ones")
-    return found + stalled(history["monitor"]["step"], history["monitor"]["fd"], "FD on the critic's features")
+    return found + stalled(history["monitor"]["step"], history["monitor"]["fd"], "the watched FD")
 
 # %% ../../nbs/lab/34_monitor.ipynb #a1828f28
 @torch.no_grad()

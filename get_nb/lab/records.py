@@ -96,7 +96,7 @@ def read_record(base, stage: str) -> dict:
             record["arrays"] = dict(f)
     return record
 
-# %% ../../nbs/lab/20_records.ipynb #8ea9386e
+# %% ../../nbs/lab/20_records.ipynb #77f0cdd0
 def _value(record, key: str):
     "The value at a dotted path inside a record, or None if there is none; numbers in the path index lists."
     for k in key.split("."):
@@ -112,6 +112,9 @@ def _value(record, key: str):
 def _place(record: dict, key: str) -> str:
     "Where a value stands in the record's file, when the record is shown in a second network's features."
     network = record.get("shown_in")
+    first = f"also.{record.get('shown_first')}."
+    if first in key:
+        return key.replace(first, "")
     return re.sub(r"^(sweep\.\d+\.)?(train|test|floor)\b", rf"\1also.{network}.\2", key) if network else key
 
 
