@@ -6,7 +6,7 @@
 __all__ = ['training_formulation', 'sampling_formulation', 'join_gloo', 'spread', 'load_references', 'evaluate_checkpoint',
            'evaluation_table', 'save_grid', 'sample_to_file']
 
-# %% ../../nbs/lab/31_evaluate.ipynb #8169bd04
+# %% ../../nbs/lab/31_evaluate.ipynb #28427668
 import math
 import os
 from datetime import timedelta
@@ -21,7 +21,6 @@ from ..get import GET, ViT
 from .checkpoints import load_checkpoint
 from .core import ConfigError, progress, require, setup
 from .data import load_data, short_name
-from .effnet import is_effnet
 from .fast import Fast, require_options
 from .figures import image_grid
 from .files import atomic_path
@@ -232,9 +231,11 @@ def evaluate_checkpoint(
     formulation = sampling_formulation(model.to(device), precision)
     return evaluate(model, cfg, train, test, networks, name, formulation, spread)[0]
 
-# %% ../../nbs/lab/31_evaluate.ipynb #b44a18d3
+# %% ../../nbs/lab/31_evaluate.ipynb #9c1016bd
 def _refuse_misfits(model, path, sources: list, statistics, teachers_only):
     "Refuse options of evaluate_checkpoint that do not fit the model, or each other."
+    from get_nb.lab.effnet import is_effnet  # as in load_references
+
     c = model.config
     for source in sources:
         if source != "inception" and not is_effnet(source):
