@@ -170,14 +170,6 @@ def test_get_nb_gives_the_contract_and_imports_nothing_slow():
     assert CONTRACT <= set(done.stdout.split())
 
 
-def test_sampling_and_drawing_wait_for_no_library_that_only_metrics_or_data_need():
-    code = "from get_nb.lab import cli, evaluate, figures; figures.figure_style(); import sys; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    slow = {"torch_fidelity", "torchvision", "torch._dynamo", "sklearn", "scipy.stats", "pandas", "seaborn"}
-    assert "torch" in done.stdout.split() and not slow & set(done.stdout.split())
-
-
 def test_every_name_of_get_nb_is_there_and_explains_itself():
     import get_nb
 

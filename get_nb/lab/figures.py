@@ -12,7 +12,7 @@ import numpy as np
 
 from .core import in_clone
 
-# %% ../../nbs/lab/15_figures.ipynb #35b7734f
+# %% ../../nbs/lab/15_figures.ipynb #27aca001
 COLORS = dict(
     teacher="#444444",
     get="#c1432e",
@@ -28,33 +28,21 @@ COLORS = dict(
 )  # method -> colour
 
 
-_LINES = "#4c72b0 #dd8452 #55a868 #c44e52 #8172b3 #937860 #da8bc3 #8c8c8c #ccb974 #64b5cd".split()  # all other lines
-_STYLE = {
-    "svg.hashsalt": "get_nb",  # the same svg from the same data
-    "figure.dpi": 100,
-    "savefig.dpi": 150,
-    "font.sans-serif": ["DejaVu Sans"],  # matplotlib's own: the same letters on every machine
-    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize", "legend.title_fontsize"), 10.8),
-    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 9.9),
-    **dict.fromkeys(("xtick.major.pad", "ytick.major.pad"), 9.5),
-    **dict.fromkeys(("xtick.minor.pad", "ytick.minor.pad"), 7.4),
-    "legend.frameon": True,
-    "axes.linewidth": 1.25,
-    "grid.linewidth": 1.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "patch.edgecolor": "white",
-    "patch.force_edgecolor": True,
-    "image.cmap": "magma",
-}
-
-
 def figure_style():
-    "Set the style of this project for matplotlib."
-    import matplotlib.style
+    "Set the style of this project for matplotlib and seaborn."
+    import matplotlib
+    import seaborn as sns
 
-    matplotlib.style.use("seaborn-v0_8-whitegrid")
-    matplotlib.rcParams.update(_STYLE, **{"axes.prop_cycle": matplotlib.cycler(color=_LINES)})
+    sns.set_theme(style="whitegrid", context="notebook", font_scale=0.9)
+    matplotlib.rcParams.update(
+        {
+            "svg.hashsalt": "get_nb",  # the same svg from the same data
+            "figure.dpi": 100,
+            "savefig.dpi": 150,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
 
 # %% ../../nbs/lab/15_figures.ipynb #56653c8c
 def image_grid(images: np.ndarray, pad: int = 1) -> np.ndarray:

@@ -239,7 +239,7 @@ def published_notes(published: dict, table: dict) -> list:
     """
     return [f"Published beside {label}: {table[key]['source']}." for label, key in published.items()]
 
-# %% ../../nbs/lab/21_report.ipynb #552c0587
+# %% ../../nbs/lab/21_report.ipynb #4d1db0c9
 def floor_cell(record: dict) -> dict:
     """FD of held-out against training images.
 
@@ -250,7 +250,7 @@ def floor_cell(record: dict) -> dict:
         a cell: mean and spread over splits
     """
     floor = record["floor"]
-    return dict(value=floor["mean"], std=floor["std"], n=len(floor["fd"]), source=[f"{record['stage']}:floor.mean"])
+    return dict(value=floor["mean"], std=floor["std"], n=len(floor["fd"]), source=cell(record, "floor.mean")["source"])
 
 # %% ../../nbs/lab/21_report.ipynb #5a3f2898
 def metric_row(label: str, records: list, prefix: str, published: dict, table: dict) -> dict:
