@@ -110,7 +110,7 @@ def seed_spreads(results) -> dict:
             found.setdefault(_task(records[0], path), []).append((share, records[0].get("kind")))
     return {task: _pooled(rows) for task, rows in found.items()}
 
-# %% ../../nbs/lab/40b_check.ipynb #7ab7f4c3
+# %% ../../nbs/lab/40b_check.ipynb #e13f4469
 def allowed_share(record: dict, path: str, spreads: dict) -> tuple:
     """How far a measured number may lie from the published one.
 
@@ -128,7 +128,7 @@ def allowed_share(record: dict, path: str, spreads: dict) -> tuple:
         return MOST, "the most, as no spread over seeds is published of it"
     three = 3 * math.sqrt(2) * spread["std"]
     if three < MOST:
-        return three, "three standard deviations over seeds"
+        return three, "three standard deviations of the difference between two seeds"
     return MOST, "the most, as seeds differ by more"
 
 # %% ../../nbs/lab/40b_check.ipynb #f9114302
