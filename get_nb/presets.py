@@ -19,23 +19,12 @@ MODELS = dict(RELEASED_SIZES)
 for _name, _cfg in RELEASED_SIZES.items():
     if isinstance(_cfg, GETConfig):
         MODELS[_name] = EquilibriumConfig(**asdict(_cfg))
-MODELS["GET-digits/2"] = EquilibriumConfig(
-    dim=64, depth=2, heads=4, deq_depth=1, deq_mlp_ratio=4.0, n_iter=4, tol=None, z0="zero", select="last"
-)
-MODELS["ViT-digits/2"] = TransformerConfig(dim=64, depth=3, heads=4, mlp_ratio=4.5)
-MODELS["ViT-digits-5x/2"] = TransformerConfig(dim=128, depth=4, heads=8, mlp_ratio=4.25)
-MODELS["GET-fashion/4"] = EquilibriumConfig(
-    dim=128,
-    depth=1,
-    heads=4,
-    patch=4,
-    deq_depth=2,
-    deq_mlp_ratio=4.0,
-    tol=None,
-    z0="zero",
-    select="last",
-    state="normalized",
-)
+_SMALL = dict(deq_mlp_ratio=4.0, heads=4, tol=None, z0="zero", select="last")
+MODELS["GET-digits/2"] = EquilibriumConfig(dim=64, depth=1, deq_depth=2, n_iter=6, state="normalized", **_SMALL)
+MODELS["GET-digits-31/2"] = EquilibriumConfig(dim=64, depth=2, deq_depth=1, n_iter=4, **_SMALL)
+MODELS["ViT-digits/2"] = TransformerConfig(dim=64, depth=3, heads=4, mlp_ratio=5.0)
+MODELS["ViT-digits-5x/2"] = TransformerConfig(dim=128, depth=4, heads=8, mlp_ratio=4.6875)
+MODELS["GET-fashion/4"] = EquilibriumConfig(dim=128, depth=1, patch=4, deq_depth=2, state="normalized", **_SMALL)
 MODELS["ViT-fashion/4"] = TransformerConfig(dim=128, depth=4, heads=4, mlp_ratio=3.25, patch=4)
 MODELS["ViT-fashion-5x/4"] = TransformerConfig(dim=256, depth=4, heads=8, mlp_ratio=4.25, patch=4)
 

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [*sorted((ROOT / "nbs").glob("*.ipynb")), *sorted((ROOT / "nbs/lab").glob("*.ipynb"))]
 NUMBER = re.compile(r"(?<![\w.])[-+−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 RTOL, ATOL, LOOSE = 0.05, 1e-6, 0.5
+PATIENT = dict(kernel_name="python3", timeout=300, iopub_timeout=300)  # a busy machine may show late what a cell made
 SIZE, CONTRAST = 0.05, 0.12  # of a picture: share of its sides, and mean difference of its pixels
 
 
@@ -33,8 +34,7 @@ def run(path):
     "-> the executed notebook and the seconds that it took; raises CellExecutionError."
     os.environ.update(GET_NB_PROGRESS="off", GET_NB_CHOICES="first", OMP_NUM_THREADS="1", JUPYTER_PREFER_ENV_PATH="1")
     nb, began = nbformat.read(path, 4), time.time()
-    client = NotebookClient(nb, kernel_name="python3", timeout=300, resources={"metadata": {"path": str(path.parent)}})
-    client.execute()
+    NotebookClient(nb, **PATIENT, resources={"metadata": {"path": str(path.parent)}}).execute()
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.outputs = [tidy(o) for o in merged(cell.outputs)]

@@ -3,7 +3,8 @@
 import nbformat
 import pytest
 from lint import SPINE
-from rooms import ROOMS, compare_picture, compare_text, differences
+from nbclient import NotebookClient
+from rooms import PATIENT, ROOMS, compare_picture, compare_text, differences
 from style import pictures
 
 
@@ -31,6 +32,15 @@ def test_a_changed_number_word_or_picture_is_noticed():
     assert compare_text("error -0.5", "error 0.5", 0.05)
     white, black, small = (png(size, value) for size, value in ((64, 255), (64, 0), (32, 255)))
     assert not compare_picture(white, white) and compare_picture(white, black) and compare_picture(white, small)
+
+
+LATE = "import time; get_ipython().kernel.iopub_thread.schedule(lambda: time.sleep(5)); print('late')"
+
+
+def test_what_a_cell_shows_late_is_not_lost():
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(LATE)])
+    NotebookClient(nb, **PATIENT).execute()
+    assert [o.text for o in nb.cells[0].outputs] == ["late\n"]
 
 
 def png(size, value):

@@ -44,7 +44,11 @@ def _register_engine():
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, env=None, stderr=None, **_):
             client = PapermillNotebookClient(
-                nb_man, kernel_name=kernel_name, startup_timeout=120, extra_arguments=["--log-level=ERROR"]
+                nb_man,
+                kernel_name=kernel_name,
+                startup_timeout=120,
+                iopub_timeout=300,  # of what a cell shows, after it has ended: on a busy machine 4 s lose figures
+                extra_arguments=["--log-level=ERROR"],
             )
             client.shutdown_kernel = "immediate"  # all is written by then, and torch takes a second to say goodbye
             return client.execute(env=env, stderr=stderr)
