@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import toy
 from torch.utils.flop_counter import FlopCounterMode
 
 from get_nb.lab import blocks, choices, kernels
-from get_nb.lab.blocks import Plan
+from get_nb.lab.blocks import DTYPES, Plan
 from get_nb.lab.store import PairDataset, save_pairs
 from get_nb.lab.core import ConfigError, seed_everything, torch_rng
 from get_nb.lab.counting import LiveMemory
@@ -27,7 +28,7 @@ from get_nb.evaluation import EvalConfig, generate, measure, training_cost
 from get_nb.lab.evaluate import sample_to_file, sampling_formulation, training_formulation
 from get_nb.lab.images import to_uint8
 from get_nb.lab.fast import Compiled, Fast
-from get_nb.lab.kernels import Kernels, LinearFunction, attention
+from get_nb.lab.kernels import Kernels, LinearFunction, attention, has_one_dnn
 from get_nb.lab.files import save_checkpoint
 from get_nb.presets import with_options
 from get_nb.lab.checkpoints import create_model
@@ -35,6 +36,7 @@ from get_nb.precond import EDMPrecond
 from get_nb.lab.schedule import TrainConfig, ema_update
 from get_nb.lab.state import checkpoints
 from get_nb.lab.checkpoints import create_teacher
+from get_nb.lab.timing import fastest_product
 
 SMALL = dict(image_size=8, dim=64, depth=2, heads=4)
 GETS = dict(
@@ -43,6 +45,18 @@ GETS = dict(
     normalized=dict(state="normalized"),
     tolerant=dict(tol=30.0),
 )
+
+
+def libraries(dtype):
+    "The product libraries that can be called in this precision."
+    return ("torch", "onednn") if has_one_dnn(dtype) else ("torch",)
+
+
+def here(how, precision):
+    "These kernels, or torch's products where this processor has no others in this precision."
+    if has_one_dnn(DTYPES.get(precision, torch.float32)):
+        return how
+    return replace(how, forward="torch", backward="torch", packed=False)
 
 
 def awake(name="GET-T/2", num_classes=10, **overrides):
@@ -252,12 +266,14 @@ def test_a_training_step_keeps_less_memory_than_the_reference_and_half_of_it_in_
     assert kept["float32"] <= 0.8 * reference and kept["bf16"] <= 0.5 * reference, (kept, reference)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+LIBRARIES = [(p, t, library) for p, t in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)) for library in libraries(p)]
+
+
+@pytest.mark.parametrize("dtype, tolerance, library", LIBRARIES)
 @pytest.mark.parametrize("wide", [True, False])
 @pytest.mark.parametrize("bias, add, gelu", [(True, False, False), (True, True, True), (False, True, False)])
-@pytest.mark.parametrize("library", ["torch", "onednn"])
 @pytest.mark.parametrize("kept", ["again", "kept"])
-def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, wide, bias, add, gelu, library, kept):
+def test_a_product_has_the_gradients_of_the_formula(dtype, tolerance, library, wide, bias, add, gelu, kept):
     how = Kernels(forward=library, backward=library, gelu=kept)
     n, d, e = (24, 16, 40) if wide else (24, 40, 16)
     x, w, b, a = (
@@ -603,6 +619,7 @@ def test_nothing_is_timed_while_operators_are_counted(choosing):
 @pytest.mark.parametrize("training", ["bf16", "float32", "reference"])
 @pytest.mark.parametrize("kernels", [Kernels(), Kernels(forward="onednn", attention="mixed", gelu="kept", packed=True)])
 def test_every_plan_makes_the_same_images_and_gradients(training, kernels):
+    kernels = here(kernels, training)
     model = awake()
     noise, labels = batch(model)
     fast = Fast(model, "bf16")
@@ -618,7 +635,7 @@ def test_every_plan_makes_the_same_images_and_gradients(training, kernels):
 
 
 def test_the_plan_of_a_checkpoint_holds_whatever_the_machine_has_come_to_think_since(choosing):
-    plan = Plan(training="bf16", sampling="float32", bf16=Kernels(forward="onednn", gelu="kept"))
+    plan = Plan(training="bf16", sampling="float32", float32=Kernels(forward="onednn", gelu="kept"))
     first, other = Fast(awake(), "bf16"), Fast(awake(), "bf16")
     first.plan = plan
     other.restore(json.loads(json.dumps(first.state(4))))
@@ -645,6 +662,49 @@ def test_without_torchs_private_operators_the_public_ones_are_timed_and_used(cho
     fast.unrolled(noise, labels, n_iter=2)[-1].sum().backward()
     answers = [v["answer"] for v in choices.remembered()[choices.machine()].values()]
     assert answers and not {"onednn", "packed"} & set(answers) and fast.plan.float32.forward == "torch"
+
+
+@pytest.fixture
+def no_bf16(monkeypatch):
+    "A processor whose oneDNN refuses bfloat16, as those with AVX2 alone do."
+    refuse = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: False)
+    for name in ("_linear_pointwise", "_reorder_linear_weight"):
+        monkeypatch.setattr(refuse, name, NeedsFloat32(getattr(torch.ops.mkldnn, name)), raising=False)
+    monkeypatch.setattr(torch.ops, "mkldnn", refuse)
+
+
+class NeedsFloat32:
+    def __init__(self, run):
+        self.run = run
+
+    def __call__(self, x, *args):
+        if x.dtype == torch.bfloat16:
+            raise RuntimeError("mkldnn: bf16 path needs the cpu support avx512bw")
+        return self.run(x, *args)
+
+    def binary(self, x, *args):
+        return self(x, *args) if x.dtype == torch.bfloat16 else self.run.binary(x, *args)
+
+
+def test_a_processor_without_bfloat16_uses_torchs_products_for_it(choosing, no_bf16):
+    model = awake(depth=1)
+    fast, (noise, labels) = Fast(model, "bf16"), batch(model)
+    with torch.no_grad():
+        image = model(noise, labels)
+    plan = fast.settle(5)
+    assert plan.bf16.forward == plan.bf16.backward == "torch" and not plan.bf16.packed
+    fast.plan = replace(plan, training="bf16", sampling="bf16")
+    assert (fast(noise, labels) - image).abs().mean() < 0.05 * image.std()
+    fast.unrolled(noise, labels, n_iter=2)[-1].sum().backward()
+    assert fastest_product(torch.bfloat16, "cpu", 64, 16)[0] == "torch.mm"
+
+
+def test_a_plan_of_another_processor_is_used_as_far_as_this_one_can(no_bf16, capsys):
+    how = Kernels(forward="onednn", gelu="kept", packed=True)
+    plan = blocks.available(Plan(training="bf16", sampling="float32", float32=how, bf16=how))
+    assert plan.float32 == how and plan.bf16 == Kernels(gelu="kept") and plan.training == "bf16"
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "bf16" in said and "float32" not in said
 
 
 @pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad, partial(torch.autocast, "cpu", torch.bfloat16)])
@@ -682,6 +742,7 @@ EACH += [Kernels(attention=way) for way in ("mixed", "formula")]
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize("how", EACH, ids=lambda k: f"{k.forward}-{k.attention}-{k.gelu}")
 def test_no_choice_needs_more_memory_in_a_training_step_than_the_reference(how, precision):
+    how = here(how, precision)
     model, peak = awake(depth=1), {}
     noise, labels = batch(model, 32)
     fast = Fast(model, precision)

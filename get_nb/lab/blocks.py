@@ -174,17 +174,20 @@ def choose_plan(model, batch_size: int, precisions=("float32",)) -> Plan:
 
 
 def available(plan: Plan) -> Plan:
-    """A plan that was made elsewhere, as far as this build of torch has its kernels; what it lacks is said.
+    """A plan that was made elsewhere, as far as this machine can run its kernels; what it cannot is said.
 
     Args:
         plan: of another process, perhaps on another machine
 
     Returns:
-        the same, or one without the kernels that are not here
+        the same, or one without the kernels that cannot run here
     """
-    own = {p: getattr(plan, p) for p in DTYPES}
-    if has_one_dnn() or not any("onednn" in (k.forward, k.backward) or k.packed for k in own.values()):
-        return plan
-    print("this build of torch lacks oneDNN, with which the training began: torch's own is used, and bits may differ")
-    plain = {p: replace(k, forward="torch", backward="torch", packed=False) for p, k in own.items()}
-    return replace(plan, **plain)
+    lacking = {}
+    for p, dtype in DTYPES.items():
+        k = getattr(plan, p)
+        if not has_one_dnn(dtype) and ("onednn" in (k.forward, k.backward) or k.packed):
+            lacking[p] = replace(k, forward="torch", backward="torch", packed=False)
+    if lacking:
+        what = f"oneDNN's products in {' and '.join(lacking)}, with which the training began"
+        print(f"not on this machine: {what}; torch's own are used, and bits may differ")
+    return replace(plan, **lacking)

@@ -34,9 +34,20 @@ def one_dnn(x, w, bias=None, add=None, after="none"):
     return torch.ops.mkldnn._linear_pointwise(x, w, bias, after, [], "none")
 
 
-def has_one_dnn() -> bool:
-    "Is that library in this build of torch?"
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def has_one_dnn(dtype=torch.float32) -> bool:
+    """Can that library be called in this precision?
+
+    Args:
+        dtype: torch.float32 or torch.bfloat16
+
+    Returns:
+        is it in this build of torch, and does the processor have what it needs for bfloat16?
+    """
+    ops = torch.ops.mkldnn
+    there = torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
+    if dtype == torch.bfloat16:
+        return there and hasattr(ops, "_is_mkldnn_bf16_supported") and ops._is_mkldnn_bf16_supported()
+    return there
 
 
 def pack_weight(w, rows: int):
@@ -333,7 +344,7 @@ def choose_kernels(dim: int, hidden: int, heads: int, tokens: int, rows: int, dt
     if not can_time():
         return Kernels()
     s = _Shapes(dim, hidden, heads, tokens, rows, dtype)
-    libraries = ("torch", "onednn") if has_one_dnn() else ("torch",)
+    libraries = ("torch", "onednn") if has_one_dnn(dtype) else ("torch",)
 
     def ask(what, ways, f):
         return choose(f"{what}, {s.name}", {str(w): lambda w=w: f(s, w) for w in ways})
@@ -347,7 +358,7 @@ def choose_kernels(dim: int, hidden: int, heads: int, tokens: int, rows: int, dt
     kept = {gelu: Kernels(**found, gelu=gelu) for gelu in ("again", "kept")}
     gelu = choose(f"GELU, {s.name}", {g: lambda k=k: _train_mlp(s, k) for g, k in kept.items()})
     layers = dict(plain=s.layers)
-    if has_one_dnn():
+    if has_one_dnn(dtype):
         layers["packed"] = [(x, pack_weight(w, s.rows), b, add) for x, w, b, add in s.layers]
     packed = choose(f"weights, {s.name}", {k: lambda v=v: _sampling_mlp(v) for k, v in layers.items()})
     return Kernels(**found, gelu=gelu, packed=packed == "packed")

@@ -145,9 +145,7 @@ def _student(side: int, gpu: bool) -> dict:
         return dict(
             get="GET-T/2", vit="ViT-S/2", get_how=dict(z0="zero", select="last", tol=None, patch=patch), vit_how=vit
         )
-    return dict(
-        get="GET-digits/2", vit="ViT-digits/2", get_how=dict(state="normalized", patch=patch), vit_how=dict(patch=patch)
-    )
+    return dict(get="GET-digits/2", vit="ViT-digits/2", get_how=dict(patch=patch), vit_how=dict(patch=patch))
 
 
 def _plan(look: Look, gpu: bool, quick: bool) -> dict:
@@ -162,7 +160,7 @@ def _plan(look: Look, gpu: bool, quick: bool) -> dict:
         plan |= dict(device="cpu", threads=min(4, os.cpu_count()), teacher="unet-digits", classifier=500)
         plan |= dict(steps=2200, batch=128 if look.side <= 16 else 64, lr=0.004, warmup=50, half_life=40000)
         plan |= dict(pairs=12000 if look.side <= 16 else 8000, shard=2000, student_steps=3000, student_batch=64)
-        plan |= dict(get_lr=0.004, vit_lr=0.016, student_warmup=300, n_iter=4)
+        plan |= dict(get_lr=0.004, vit_lr=0.016, student_warmup=300, n_iter=6)
     plan["samples"], plan["splits"] = 5000, 4
     if quick:
         plan |= dict(classifier=20, steps=12, batch=32, warmup=2, pairs=192, shard=64, student_steps=12)

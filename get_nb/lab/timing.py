@@ -132,7 +132,7 @@ def fastest_product(dtype, device, tokens: int = 4096, dim: int = 256, released:
     cuda = torch.device(device).type == "cuda"
     big = 8192 if cuda else 1024
     shapes = ((big, big, big), (tokens, dim, 3 * dim), (tokens, dim, 6 * dim), (tokens, 6 * dim, dim))
-    ways = ("torch.mm",) if cuda or released or not has_one_dnn() else ("torch.mm", "oneDNN")
+    ways = ("torch.mm",) if cuda or released or not has_one_dnn(dtype) else ("torch.mm", "oneDNN")
     products = [(way, *s) for way in ways for s in shapes]
     possible = [p for p in products if _is_possible(p, dtype, device)]
     return max(possible, key=lambda p: product_rate(p, dtype, device, 0.1))
