@@ -21,7 +21,7 @@ for _name, _cfg in RELEASED_SIZES.items():
         MODELS[_name] = EquilibriumConfig(**asdict(_cfg))
 _SMALL = dict(deq_mlp_ratio=4.0, heads=4, tol=None, z0="zero", select="last")
 MODELS["GET-digits/2"] = EquilibriumConfig(dim=64, depth=1, deq_depth=2, n_iter=6, state="normalized", **_SMALL)
-MODELS["GET-digits-31/2"] = EquilibriumConfig(dim=64, depth=2, deq_depth=1, n_iter=4, **_SMALL)
+MODELS["GET-digits-30/2"] = EquilibriumConfig(dim=64, depth=2, deq_depth=1, n_iter=4, **_SMALL)
 MODELS["ViT-digits/2"] = TransformerConfig(dim=64, depth=3, heads=4, mlp_ratio=5.0)
 MODELS["ViT-digits-5x/2"] = TransformerConfig(dim=128, depth=4, heads=8, mlp_ratio=4.6875)
 MODELS["GET-fashion/4"] = EquilibriumConfig(dim=128, depth=1, patch=4, deq_depth=2, state="normalized", **_SMALL)

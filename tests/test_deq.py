@@ -26,7 +26,7 @@ TINY = dict(num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1)
 
 def tiny(**how):
     torch.manual_seed(0)
-    model = create_model("GET-digits-31/2", **TINY, **how).double().eval()
+    model = create_model("GET-digits-30/2", **TINY, **how).double().eval()
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.3, generator=torch_rng("w"))
     return model
 
@@ -220,7 +220,7 @@ for how in (
     dict(shared=False),
 ):
     torch.manual_seed(0)
-    model = create_model("GET-digits-31/2", num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1, **how)
+    model = create_model("GET-digits-30/2", num_classes=3, image_size=4, channels=1, dim=8, heads=2, depth=1, **how)
     torch.nn.init.normal_(model.final_layer.linear.weight, std=0.3, generator=torch_rng("w"))
     alone = Student(copy.deepcopy(model))
     spectral = "spectral" in how.values()  # a forward pass changes its buffers: each process runs its own half
@@ -403,7 +403,7 @@ def test_a_training_step_with_an_implicit_gradient_can_be_counted():
     from get_nb.evaluation import training_cost
 
     model = create_model(
-        "GET-digits-31/2",
+        "GET-digits-30/2",
         num_classes=10,
         state="normalized",
         gradient="implicit",

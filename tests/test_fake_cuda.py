@@ -36,7 +36,7 @@ OPTIONS = [  # of a GET: each value of each field that changes what is computed
     dict(gradient="implicit", state="normalized"),
     dict(constant_memory=True),
 ]
-CASES = [("ViT-digits/2", {})] + [("GET-digits-31/2", o) for o in OPTIONS]
+CASES = [("ViT-digits/2", {})] + [("GET-digits-30/2", o) for o in OPTIONS]
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_samplers_stay_on_the_gpu_and_do_not_wait(gpu, name):
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 @pytest.mark.parametrize(
-    "name, options", [("ViT-digits/2", {}), ("GET-digits-31/2", {}), ("GET-digits/2", dict(select="lowest"))]
+    "name, options", [("ViT-digits/2", {}), ("GET-digits-30/2", {}), ("GET-digits/2", dict(select="lowest"))]
 )
 def test_the_fast_formulation_stays_on_the_gpu_and_does_not_wait(gpu, name, options, precision):
     fast = Fast(build_model(name, num_classes=3, **SHAPE, **options).to("cuda"), precision)
@@ -157,7 +157,7 @@ def test_the_fast_formulation_stays_on_the_gpu_and_does_not_wait(gpu, name, opti
 
 
 def test_sampling_from_seeds_waits_for_its_images_alone(gpu, monkeypatch):
-    net = build_model("GET-digits-31/2", num_classes=3, **SHAPE).to("cuda")
+    net = build_model("GET-digits-30/2", num_classes=3, **SHAPE).to("cuda")
     monkeypatch.setattr("get_nb.evaluation.finite_bytes", lambda images, *_: images)
     with gpu.no_wait():
         images, labels, _ = sample_seeds(net, range(2))
@@ -166,7 +166,7 @@ def test_sampling_from_seeds_waits_for_its_images_alone(gpu, monkeypatch):
 
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_with_a_tolerance_a_model_waits(gpu, num_classes):
-    net = build_model("GET-digits-31/2", num_classes=num_classes, **SHAPE, tol=1e-3).to("cuda")
+    net = build_model("GET-digits-30/2", num_classes=num_classes, **SHAPE, tol=1e-3).to("cuda")
     noise, labels = inputs(num_classes)
     with torch.no_grad(), pytest.raises(DataDependentOutputException):
         net(noise, labels)

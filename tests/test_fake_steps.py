@@ -56,7 +56,7 @@ class Pairs:
 
 
 def get(**options):
-    return build_model("GET-digits-31/2", **SHAPE, **TINY | options).to("cuda")
+    return build_model("GET-digits-30/2", **SHAPE, **TINY | options).to("cuda")
 
 
 def teacher():

@@ -48,7 +48,7 @@ def teacher(num_classes=3):
     return build_teacher("unet-digits", num_classes=num_classes, **SHAPE, **UNET)
 
 
-def get(name="GET-digits-31/2", **options):
+def get(name="GET-digits-30/2", **options):
     size = dict(dim=16, heads=2, depth=1) | (dict(deq_depth=1) if "GET" in name else {})
     return build_model(name, num_classes=3, **SHAPE, **size, **options)
 

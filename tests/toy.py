@@ -102,7 +102,7 @@ def learnable(folder, n=120):
     save_pairs(folder, noise, image, label, num_classes=10, teacher="learnable")
 
 
-def student(folder, fast=False, name="GET-digits-31/2", options=None, **change):
+def student(folder, fast=False, name="GET-digits-30/2", options=None, **change):
     "Distil the pairs in `folder` into a small student, keeping its state there; -> ema, history."
     seed_everything(0, name)
     model = create_model(name, num_classes=10, image_size=8, channels=1, dim=32, depth=1, **(options or {}))
