@@ -185,12 +185,12 @@ def _teacher_stage(stage, stages, data):
 
 def _cost_of_student(params: dict, data: str) -> dict:
     few = params["n_iter"]
-    mean = (few + max(few, params["n_iter_max"])) // 2  # where their number varies
+    mean = (few + max(few, params.get("n_iter_max", 0))) // 2  # where their number varies
     return student_cost(params["model"], tuple(params["overrides"].items()), data, mean)
 
 
 def _memory_of_student(params: dict, data: str) -> float:
-    most = max(params["n_iter"], params["n_iter_max"])
+    most = max(params["n_iter"], params.get("n_iter_max", 0))
     fast = params.get("precision", "float32") if params.get("fast") else ""
     overrides = tuple(params["overrides"].items())
     return student_memory(params["model"], overrides, data, most, _at_once(params), fast)
@@ -211,6 +211,17 @@ def _search_stage(stage, stages, data):
     steps = round(p["steps"] * (p["share"] * len(p["lrs"]) + 3))
     cost, memory = _cost_of_student(p, data), _memory_of_student(p, data)
     return _training("train transformer", cost, steps, p["batch_size"], memory)
+
+
+def _scaling_stage(stage, stages, data):
+    "Every point, a training of its own."
+    p, rows = stage.params, []
+    for point in p["points"]:
+        changed = dict(p, overrides={**p["overrides"], **point.get("overrides", {})})
+        cost, memory = _cost_of_student(changed, data), _memory_of_student(changed, data)
+        rows.append(_training("train transformer", cost, p["steps"], p["batch_size"], memory))
+    total = {k: sum(r[k] for r in rows) for k in ("evaluations", "pflop", "disk_gb")}
+    return dict(rows[0], **total, memory_gb=max(r["memory_gb"] for r in rows))
 
 
 def _pairs_stage(stage, stages, data):
@@ -289,7 +300,7 @@ def stage_cost(stage, stages: dict, data: str) -> dict:
     """
     kind = stage.notebook.stem
     by_notebook = dict(teacher=_teacher_stage, student=_student_stage, pairs=_pairs_stage, evaluate=_evaluate_stage)
-    by_notebook["search"] = _search_stage
+    by_notebook |= dict(search=_search_stage, scaling=_scaling_stage)
     if not know_images(data):
         return {}
     if kind in BUDGETED and stage.params["tflop"]:
