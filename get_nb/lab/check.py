@@ -19,10 +19,20 @@ from .report import count_of, distance_name
 # %% ../../nbs/lab/40b_check.ipynb #6d73b61a
 MEASURED = ("fd", "precision", "recall", "mean")
 COUNTED = (
-    *("kind", "name", "data", "distance", "protocol", "conditional", "sampler", "first_seed", "samples"),
+    *("kind", "name", "data", "distance", "protocol", "conditional", "sampler", "first_seed", "samples", "references"),
     *("parameters", "trained", "kinds", "gmac", "train_gflop", "train_tflop", "tflop", "activation_mb"),
     *("evaluations", "evaluations_per_pair", "teacher_evaluations", "num_steps", "n_iter", "steps", "batch_size"),
-    *("pairs", "pairs_seen", "images_seen", "train_images", "real_images", "lr", "lr_critic", "loss_weight"),
+    *(
+        "pairs",
+        "pairs_seen",
+        "images_seen",
+        "train_images",
+        "real_images",
+        "lr",
+        "lr_critic",
+        "loss_weight",
+        "critic_features",
+    ),
 )
 _REASONS = {
     "time of the machine at hand": ("seconds", "ms_per_image", "ms_per_step", "plan"),
