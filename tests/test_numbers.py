@@ -129,7 +129,7 @@ TYPED = {
     "nbs/differences.ipynb": {
         "residual is under 0.001": CHOSEN,
         "80% in GET-B": "test_the_shares_that_room_26_states_are_those_of_the_models",
-        "tries 30%, 57% and 80%": "the name of a design in profile cpu-full",
+        "try 30%, 57% and 80%": "the name of a design in profile cpu-full",
         "0.9999 per step": CHOSEN,
         "dropout 0.13": CHOSEN,
         "dropout 0.2": CHOSEN,
