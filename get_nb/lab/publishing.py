@@ -254,15 +254,22 @@ def stale_records(root: Path, name: str) -> list:
     return lines
 
 
+_PARTIAL = {"table_claims"}  # draws what there is, and says what is not
+
+
 def _drawable(root: Path, profile: str) -> tuple:
     "Folder of a profile's published records, and the tables and figures that can be drawn from them."
     name = Path(profile).stem
     records = root / "results" / name / "records"
     hint = "run 'get-nb reproduce' and 'get-nb publish'"
     require(records.is_dir(), f"{records}: no published records of profile {name!r}; {hint}")
-    stages = load_profile(root, profile)
-    there = {n: s for n, s in stages.items() if all((records / r / "record.json").is_file() for r in s.records)}
-    return records, {n: s for n, s in there.items() if s.draws}
+
+    def can_be_drawn(s):
+        "Are the records there, all of them, or some where a table says itself what it lacks?"
+        there = [(records / r / "record.json").is_file() for r in s.records]
+        return s.draws and (any(there) if s.notebook.stem in _PARTIAL else all(there))
+
+    return records, {n: s for n, s in load_profile(root, profile).items() if can_be_drawn(s)}
 
 # %% ../../nbs/lab/40_publishing.ipynb #6b59ee00
 def redraw(root: Path, profile: str, runs=None) -> None:
