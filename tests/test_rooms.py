@@ -1,5 +1,7 @@
 """Each room runs from top to bottom in a fresh kernel, and shows what is saved in it."""
 
+import os
+
 import nbformat
 import pytest
 from lint import SPINE
@@ -41,6 +43,16 @@ def test_what_a_cell_shows_late_is_not_lost():
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(LATE)])
     NotebookClient(nb, **PATIENT).execute()
     assert [o.text for o in nb.cells[0].outputs] == ["late\n"]
+
+
+def test_what_a_stage_shows_late_is_not_lost(tmp_path):
+    from get_nb.lab.pipeline import _papermill, _register_engine
+
+    _register_engine()
+    source, made = tmp_path / "late.ipynb", tmp_path / "made.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(LATE)]), source)
+    _papermill(source, made, {}, tmp_path, dict(os.environ), tmp_path / "log")
+    assert [o.text for o in nbformat.read(made, 4).cells[-1].outputs] == ["late\n"]
 
 
 def png(size, value):

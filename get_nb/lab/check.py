@@ -22,17 +22,8 @@ COUNTED = (
     *("kind", "name", "data", "distance", "protocol", "conditional", "sampler", "first_seed", "samples", "references"),
     *("parameters", "trained", "kinds", "gmac", "train_gflop", "train_tflop", "tflop", "activation_mb"),
     *("evaluations", "evaluations_per_pair", "teacher_evaluations", "num_steps", "n_iter", "steps", "batch_size"),
-    *(
-        "pairs",
-        "pairs_seen",
-        "images_seen",
-        "train_images",
-        "real_images",
-        "lr",
-        "lr_critic",
-        "loss_weight",
-        "critic_features",
-    ),
+    *("pairs", "pairs_seen", "images_seen", "train_images", "real_images"),
+    *("lr", "lr_critic", "loss_weight", "critic_features"),
 )
 _REASONS = {
     "time of the machine at hand": ("seconds", "ms_per_image", "ms_per_step", "plan"),
