@@ -323,6 +323,7 @@ def evaluate(model, cfg: EvalConfig, train, test, network, data: str, formulatio
     result |= first.described(data, cfg.samples)
     for n in second:
         result["also"][n.kind] |= n.described(data, cfg.samples)
-    real = isinstance(train, ImageSet)
-    result |= dict(about=train.about, copy_share=copy_share(images, train.images)) if real else dict(copy_share=None)
+    result |= dict(copy_share=None)
+    if isinstance(train, ImageSet):
+        result |= dict(about=train.about, copy_share=copy_share(images, train.images, first.device))
     return result, images, labels

@@ -18,7 +18,7 @@ def stage(name, *needs, **params):
 def run(monkeypatch, tmp_path):
     "Run fake stages: what each does is a function; -> names in the order of start, end and what was raised."
 
-    def run(stages, work, cores):
+    def run(stages, work, cores, **how):
         log = []
 
         def fake(s, key, root, runs, fresh):
@@ -33,7 +33,7 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(pipeline, "load_profile", lambda root, name: {s.name: s for s in stages})
         error = None
         try:
-            pipeline.run_profile(tmp_path, "p", runs=tmp_path, cores=cores)
+            pipeline.run_profile(tmp_path, "p", runs=tmp_path, cores=cores, **how)
         except pipeline.StageError as e:
             error = str(e)
         return log, error
@@ -52,6 +52,17 @@ def test_a_failure_lets_the_neighbour_finish_and_starts_nothing_else(run, capsys
     assert "waiting for good" in capsys.readouterr().out
 
 
+def test_going_on_leaves_out_what_needs_the_failed_stage_and_nothing_else(run):
+    def work(name):
+        if name == "bad":
+            raise pipeline.StageError("stage bad failed")
+
+    stages = [stage("bad"), stage("good"), stage("child", "bad"), stage("after", "good"), stage("grandchild", "child")]
+    log, error = run(stages, work, 1, go_on=True)
+    ended = {line.split()[0] for line in log if line.endswith("ends")}
+    assert error == "stage bad failed" and ended == {"good", "after"}
+
+
 def test_a_stage_waits_for_what_it_needs_and_for_cores(run):
     log, error = run(
         [stage("a"), stage("b"), stage("c", "a", "b"), stage("wide", threads=2)], lambda name: time.sleep(0.1), 2
@@ -67,7 +78,7 @@ def test_a_stage_waits_for_what_it_needs_and_for_cores(run):
         (dict(threads=1, device="cpu"), 1),
         (dict(threads=8, device="cpu"), 4),
         (dict(threads=0, device="cpu"), 4),
-        (dict(threads=1, device="cuda"), 4),
+        (dict(threads=1, device="cuda"), 1),  # small networks share a GPU
         ({}, 1),
     ],
 )

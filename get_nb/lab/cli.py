@@ -169,9 +169,10 @@ _CORES_HELP = "Cores to share among stages; by default as many as the largest st
 @click.option("--dry-run", is_flag=True, help="Say what would run and why, and what it costs, and stop.")
 @click.option("--fresh", is_flag=True, help="Run selected stages even if they are up to date, from the start.")
 @click.option("--cores", type=click.IntRange(1), help=_CORES_HELP)
+@click.option("--go-on", is_flag=True, help="After a failure, run what does not need the stage that failed.")
 @click.option("--redraw", "only_draw", is_flag=True, help="Only draw tables and figures, from the published records.")
 @_JSON
-def _reproduce(profile, root, runs, only_draw, dry_run, cores, as_json, **which):
+def _reproduce(profile, root, runs, only_draw, dry_run, cores, go_on, as_json, **which):
     """Train, generate, evaluate and draw: everything of a profile that is not up to date.
 
     \b
@@ -182,7 +183,7 @@ def _reproduce(profile, root, runs, only_draw, dry_run, cores, as_json, **which)
     root, stage, group, keep, fresh = find_root(root), *(which[k] for k in ("stage", "group", "keep", "fresh"))
     require(dry_run or not as_json, "--json goes with --dry-run: a run reports to those who read along")
     if only_draw:
-        other = [k for k, v in dict(which, dry_run=dry_run, cores=cores).items() if v]
+        other = [k for k, v in dict(which, dry_run=dry_run, cores=cores, go_on=go_on).items() if v]
         beside = f"not with --{other[0].replace('_', '-')}" if other else ""
         require(not other, f"--redraw draws all that is published; it goes with --profile, --runs, --root, {beside}")
         redraw(root, profile, runs)
@@ -197,7 +198,7 @@ def _reproduce(profile, root, runs, only_draw, dry_run, cores, as_json, **which)
             _list_stages(states)
             click.echo("\n" + table_markdown(price))
     else:
-        folder = run_profile(root, profile, stage, group, fresh, runs, cores, keep)
+        folder = run_profile(root, profile, stage, group, fresh, runs, cores, keep, go_on)
         selected = select_stages(load_profile(root, profile), stage, group)
         click.echo(compare_tables(folder, root / "results" / Path(profile).stem, selected))
         click.echo(f"pages to read: {folder}/*/notebook.html")

@@ -452,15 +452,16 @@ def save_statistics(path, statistics: dict, network: FeatureNetwork, **said):
         np.savez_compressed(f, mu=statistics["mu"].astype(np.float32), sigma=half, about=about)
 
 # %% ../../nbs/lab/14_metrics.ipynb #e3b46b3d
-def nearest_training(images, train):
+def nearest_training(images, train, device="cpu"):
     """Nearest training image of each sample, in Euclidean pixel distance on [-1, 1].
 
     Args:
         images: uint8 (N, C, H, W)
         train: uint8 (M, C, H, W)
+        device: where distances are computed
 
     Returns:
-        index (N,), distance (N,), own (N,): distance of that training image to its nearest other
+        index (N,), distance (N,), own (N,): distance of that training image to its nearest other; on the CPU
 
     Raises:
         ConfigError: a set is not of bytes, they differ in size or channels, or there is one training image alone
@@ -470,25 +471,26 @@ def nearest_training(images, train):
     own, other = (tuple(v.shape[1:]) for v in (images, train))
     require(own == other, f"images of {_size(own)} are not compared with training images of {_size(other)}")
     require(len(train) > 1, "one training image has no nearest neighbour: at least two are needed")
-    a, b = to_float(images).flatten(1), to_float(train).flatten(1)
+    a, b = (to_float(v).flatten(1).to(device) for v in (images, train))
     d, i = (torch.cat(v) for v in zip(*(torch.cdist(x, b).min(1) for x in a.split(2000))))
 
     def to_others(some):
         between = torch.cdist(b[some], b)
-        between[torch.arange(len(some)), some] = torch.inf
+        between[torch.arange(len(some), device=some.device), some] = torch.inf
         return between.min(1).values
 
     asked, where = i.unique(return_inverse=True)  # of 60,000 training images few are the nearest of a sample
     own = torch.cat([to_others(some) for some in asked.split(2000)])
-    return i, d, own[where]
+    return i.cpu(), d.cpu(), own[where].cpu()
 
 
-def copy_share(images, train) -> float:
+def copy_share(images, train, device="cpu") -> float:
     """How much a set of images looks copied.
 
     Args:
         images: uint8 (N, C, H, W)
         train: uint8 (M, C, H, W)
+        device: where distances are computed
 
     Returns:
         share of images nearer to a training image than that image's nearest neighbour in the training set
@@ -496,5 +498,5 @@ def copy_share(images, train) -> float:
     Raises:
         ConfigError: as `nearest_training`
     """
-    _, d, own = nearest_training(images, train)
+    _, d, own = nearest_training(images, train, device)
     return (d < own).float().mean().item()

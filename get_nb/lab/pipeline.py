@@ -205,25 +205,23 @@ def cores_of(stage: Stage, cores: int) -> int:
     """How many cores a stage takes.
 
     Args:
-        stage: of a profile; its parameters `threads` and `device` decide
+        stage: of a profile; its parameter `threads` decides
         cores: of the machine
 
     Returns:
         1 to `cores`
     """
     threads = stage.params.get("threads", 1)
-    if not threads or stage.params.get("device", "cpu") != "cpu":
-        return cores
-    return min(threads, cores)
+    return min(threads, cores) if threads else cores
 
 # %% ../../nbs/lab/39_pipeline.ipynb #1b74d650
 class _Schedule:
     "The stages of one run: which wait, which run, which have ended, and how."
 
-    def __init__(self, stages: dict, root: Path, runs: Path, cores: int, again: tuple, keep: bool):
+    def __init__(self, stages: dict, root: Path, runs: Path, cores: int, again: tuple, keep: bool, go_on: bool):
         self.stages = stages
         self.root, self.runs = root, runs
-        self.cores, self.again, self.keep = cores, again, keep
+        self.cores, self.again, self.keep, self.go_on = cores, again, keep, go_on
         self.waiting = dict(stages)
         self.reasons = {}  # name -> why it must run; found out once, when all that it needs has finished
         self.running = {}  # name -> cores it takes
@@ -272,7 +270,7 @@ class _Schedule:
         threading.Thread(target=work, daemon=True).start()
 
     def wait(self, seconds: float):
-        "Take note of a stage that has ended; after a failure nothing new starts."
+        "Take note of a stage that has ended; after a failure nothing new starts, or only what does not need it."
         try:
             name, outcome = self.ended.get(timeout=seconds)
         except Empty:
@@ -283,9 +281,17 @@ class _Schedule:
             self.finished.add(name)
             return
         self.errors.append(outcome)
-        self.waiting.clear()
+        self.give_up(name)
         if self.running:
             self.say(name, f"failed ({outcome}); waiting for {', '.join(self.running)}")
+
+    def give_up(self, failed: str):
+        "Start none of the stages that wait, or none that needs the failed one, through others too."
+        lost = {failed}
+        for name, s in list(self.waiting.items()):  # in an order in which a stage stands after what it needs
+            if not self.go_on or not lost.isdisjoint(s.needs):
+                lost.add(name)
+                del self.waiting[name]
 
 # %% ../../nbs/lab/39_pipeline.ipynb #c3707ff5
 def _progress_text(folder: Path, label: str) -> str:
@@ -353,7 +359,7 @@ def runs_folder(root: Path, profile: str, runs=None) -> Path:
 
 # %% ../../nbs/lab/39_pipeline.ipynb #639274ba
 def run_profile(
-    root: Path, profile: str, stage=None, group=None, fresh=False, runs=None, cores=None, keep=False
+    root: Path, profile: str, stage=None, group=None, fresh=False, runs=None, cores=None, keep=False, go_on=False
 ) -> Path:
     """Run every selected stage that is not up to date.
 
@@ -366,6 +372,7 @@ def run_profile(
         runs: folder for runs; by default runs/ in the clone
         cores: to share among stages; by default as many as the largest has threads
         keep: keep finished stages whose code alone has changed, and say so
+        go_on: after a failure run what does not need the stage that failed
 
     Returns:
         folder of this profile's runs
@@ -378,7 +385,7 @@ def run_profile(
     folder = runs_folder(root, profile, runs)
     cores = cores or max(s.params.get("threads", 1) for s in stages.values()) or 1
     again = tuple(n for n in stages if fresh and stage in (None, n))
-    todo = _Schedule(stages, root, folder, cores, again, keep)
+    todo = _Schedule(stages, root, folder, cores, again, keep, go_on)
     busy = ConfigError(f"{folder} is in use by another run; wait for it, or name another folder with --runs")
     with _lock(folder / ".lock", busy), contextlib.chdir(root):
         _register_engine()
