@@ -16,7 +16,7 @@ from .jacobian import jacobian_penalty, residual_penalty
 from .lab.core import Fraction, Ints, config, nearest, require, rng, send
 from .lab.core import require_callable, require_config, require_model
 from .lab.schedule import TrainConfig, batch_indices
-from .lab.train import train
+from .lab.train import Graphs, train
 from .losses import get_loss
 
 # %% ../nbs/31_distillation.ipynb #90c275a8
@@ -147,7 +147,9 @@ def iterations_at(cfg: DistillConfig, step: int, steps: int, seed: int = 0) -> i
     return low
 
 # %% ../nbs/31_distillation.ipynb #6996ca45
-def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, distance=None, formulation=None):
+def pairs_loss(
+    model, pairs, index, cfg: DistillConfig, n_iter: int = None, distance=None, formulation=None, graphs=None
+):
     """The correction loss on some of the stored pairs.
 
     Args:
@@ -158,6 +160,7 @@ def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, dist
         n_iter: as for `distill_loss`
         distance: as for `distill_loss`
         formulation: what computes in the model's place; None: the model itself
+        graphs: what captures the loss on a GPU and replays it, as `Graphs`; None: nothing does
 
     Returns:
         scalar, mean over these pairs
@@ -168,7 +171,11 @@ def pairs_loss(model, pairs, index, cfg: DistillConfig, n_iter: int = None, dist
     device, batch = next(model.parameters()).device, pairs.batch(index)
     noise, image = send(batch["noise"], device), send(batch["image"].float(), device)
     labels = send(batch["label"], device) if model.config["num_classes"] else None
-    return distill_loss(formulation or model, noise, labels, image, cfg, n_iter, distance)
+
+    def loss(noise, labels, image):
+        return distill_loss(formulation or model, noise, labels, image, cfg, n_iter, distance)
+
+    return graphs(loss, noise, labels, image, key=n_iter) if graphs else loss(noise, labels, image)
 
 # %% ../nbs/31_distillation.ipynb #57f90922
 def _check_distillation(model, pairs, cfg, train_cfg, functions):
@@ -179,7 +186,7 @@ def _check_distillation(model, pairs, cfg, train_cfg, functions):
     require_config(train_cfg, TrainConfig)
     require_callable(**{name: f for name, f in functions.items() if f is not None})
     classes, known = model.config["num_classes"], getattr(pairs, "num_classes", None)
-    fits = not classes or known is None or 0 < known <= classes
+    fits = not classes or known is None or 0 < known <= classes or (known == 0 and hasattr(model, "denoiser"))
     require(fits, f"the student has {classes} classes, the pairs {known}: labels would be missing or out of range")
 
 
@@ -220,8 +227,9 @@ def distill(
             probe(net, step)
         index = batch_indices(len(pairs), train_cfg.batch_size, step, train_cfg.seed)[share]
         n = iterations_at(cfg, step, train_cfg.steps, train_cfg.seed)
-        return pairs_loss(model, pairs, index, cfg, n, distance, formulation)
+        return pairs_loss(model, pairs, index, cfg, n, distance, formulation, graphs)
 
+    graphs = Graphs(model, train_cfg.compile)
     functions = dict(probe=probe, distance=distance, formulation=formulation, watch=watch)
     _check_distillation(model, pairs, cfg, train_cfg, functions)
     digests = [s["sha256"] for s in pairs.manifest["shards"]]

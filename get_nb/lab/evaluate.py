@@ -49,9 +49,9 @@ def training_formulation(model, cfg: DistillConfig, train_cfg: TrainConfig) -> F
     penalties = cfg.residual or cfg.jacobian
     require(not penalties, "fast: residual and jacobian penalties need the model's own trajectory; leave fast out")
     mode = train_cfg.compile
-    require(mode in ("", "default"), f"fast: compiled in mode 'default' only, not {mode!r}")
+    require(mode in ("", "graph", "default"), f"fast: compiled in mode 'default' or 'graph' only, not {mode!r}")
     require_options(model, gradient="unrolled")
-    return Fast(model, train_cfg.precision, bool(mode))
+    return Fast(model, train_cfg.precision, mode == "default")
 
 # %% ../../nbs/lab/31_evaluate.ipynb #72e3d5ca
 def sampling_formulation(model, precision: str):
