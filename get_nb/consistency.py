@@ -18,7 +18,7 @@ from .kd import copy_denoiser
 from .lab.core import config, require, send, torch_rng
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig
-from .lab.train import train
+from .lab.train import Graphs, train
 from .losses import l1, l2
 from .precond import edm_coefficients
 from .progressive import draw_examples
@@ -180,13 +180,17 @@ def distill_consistency(
     device, distance = next(teacher.parameters()).device, NEIGHBOUR_DISTANCES[cfg.distance]
     sigmas = edm_sigmas(cfg.num_steps, cfg.sigma_min, cfg.sigma_max, cfg.rho, device)[:-1]
 
-    def loss_fn(f, step, share):
-        batch = draw_examples(data, cfg.num_steps - 1, step, train_cfg, conditional)
-        image, labels, noise, place = (None if v is None else send(v[share], device) for v in batch)
+    f = Consistency(copy_denoiser(teacher), cfg.sigma_min)
+    graphs = Graphs(f, train_cfg.compile)
+
+    def loss(image, labels, noise, place):
         return consistency_loss(f, teacher, image, labels, noise, place, sigmas, distance)
 
+    def loss_fn(f, step, share):
+        batch = draw_examples(data, cfg.num_steps - 1, step, train_cfg, conditional)
+        return graphs(loss, *(None if v is None else send(v[share], device) for v in batch))
+
     what = dict(identity or {}, consistency=asdict(cfg), conditional=conditional, data=data.name)
-    f = Consistency(copy_denoiser(teacher), cfg.sigma_min)
     return train(f, loss_fn, train_cfg, state_dir, what, "consistency")
 
 # %% ../nbs/42_consistency.ipynb #02d2a571

@@ -20,7 +20,7 @@ from .lab.core import config, require, send, torch_rng
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices, learning_rate
 from .lab.state import Method
-from .lab.train import descend, make_optimizer, train_method, whole_batch, window_means
+from .lab.train import Graphs, descend, make_optimizer, train_method, whole_batch, window_means
 
 # %% ../nbs/45_gdd.ipynb #f47d8658
 INNATE = ("conv0", "conv1", "proj")  # kinds of layers that GDD-I freezes
@@ -252,6 +252,7 @@ class Gan(Method):
         opt_g = make_optimizer(generator, cfg, fused=False)  # published results are to be reproduced to the last bit
         opt_d = make_optimizer(critic, replace(cfg, beta2=beta2), fused=False)
         self.networks, self.optimizers = dict(g=generator, d=critic), dict(opt_g=opt_g, opt_d=opt_d)
+        self.on_generator, self.on_critic = Graphs(generator, cfg.compile), Graphs(critic, cfg.compile)
 
     def step(self, run) -> dict:
         """One generator step, one critic step, every `r1_every` steps one of R1.
@@ -300,9 +301,13 @@ class Gan(Method):
             total, and its two terms
         """
         G, D, y = self.networks["g"], self.networks["d"], _part(batch.labels, share)
-        fake = generate_fakes(G, batch.noise[share], y, self.gan.n_iter)
+
+        def fool(noise, y):
+            fake = generate_fakes(G, noise, y, self.gan.n_iter)
+            return generator_loss(D(fake, y)), fake.detach()
+
+        adversarial, fake = self.on_generator(fool, batch.noise[share], y)
         batch.fakes[share.start] = fake.detach()
-        adversarial = generator_loss(D(fake, y))
         extra = self.extra(G, step, share) if self.extra else adversarial.new_zeros(())
         return dict(total=adversarial + extra, generator=adversarial, extra=extra)
 
@@ -317,10 +322,17 @@ class Gan(Method):
             loss, and the share of logits of the right sign
         """
         D = self.networks["d"]
-        on_real = D(batch.real[share], _part(batch.real_labels, share))
-        on_fake = D(batch.fakes[share.start], _part(batch.labels, share))
-        batch.on_real[share.start] = [logits.detach() for logits in on_real]
-        return dict(critic=discriminator_loss(on_real, on_fake), right=right_logits(on_real, on_fake))
+
+        def judge(real, real_labels, fake, labels):
+            on_real, on_fake = D(real, real_labels), D(fake, labels)
+            seen = [logits.detach() for logits in on_real]
+            return discriminator_loss(on_real, on_fake), right_logits(on_real, on_fake), seen
+
+        y = _part(batch.real_labels, share), _part(batch.labels, share)
+        inputs = batch.real[share], y[0], batch.fakes[share.start], y[1]
+        critic, right, seen = self.on_critic(judge, *inputs, key="logits")
+        batch.on_real[share.start] = [logits.detach() for logits in seen]
+        return dict(critic=critic, right=right.detach())
 
     def r1_terms(self, batch: GanBatch, share: slice) -> dict:
         """R1: the critic's slope at real images, weighted for the steps without it.
@@ -332,7 +344,9 @@ class Gan(Method):
         Returns:
             penalty
         """
-        slope = r1_penalty(self.networks["d"], batch.real[share], _part(batch.real_labels, share))
+        D = self.networks["d"]
+        inputs = batch.real[share], _part(batch.real_labels, share)
+        slope = self.on_critic(lambda x, y: r1_penalty(D, x, y), *inputs, key="r1")
         return dict(penalty=self.gan.r1_gamma / 2 * self.gan.r1_every * slope)
 
 # %% ../nbs/45_gdd.ipynb #feb725b7

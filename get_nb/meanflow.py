@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .lab.core import Fraction, config, send, torch_rng
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices
-from .lab.train import train
+from .lab.train import Graphs, train
 from .precond import PositionalEmbedding, class_vectors
 from .teachers import TEACHERS, build_teacher
 
@@ -193,7 +193,10 @@ def train_meanflow(
     Returns:
         averaged model (eval mode), history as `train` returns it, with the curve S
     """
-    device = next(model.parameters()).device
+    device, graphs = next(model.parameters()).device, Graphs(model, train_cfg.compile)
+
+    def loss(image, labels, noise, t, r):
+        return meanflow_loss(lambda z, t, r: model.velocity(z, t, r, labels), image, noise, t, r, cfg.power)
 
     def loss_fn(net, step, share):
         image, labels = data.batch(batch_indices(len(data), train_cfg.batch_size, step, train_cfg.seed))
@@ -201,8 +204,7 @@ def train_meanflow(
         noise = torch.randn(image.shape, generator=g)
         batch = image, labels, noise, *flow_times(len(image), cfg, g)
         image, labels, noise, t, r = (send(v[share], device) for v in batch)
-        labels = labels if net.num_classes else None
-        return meanflow_loss(lambda z, t, r: net.velocity(z, t, r, labels), image, noise, t, r, cfg.power)
+        return graphs(loss, image, labels if net.num_classes else None, noise, t, r)
 
     what = dict(identity or {}, meanflow=asdict(cfg), model=model.config, data=data.name)
     return train(model, loss_fn, train_cfg, state_dir, what, "meanflow")

@@ -18,7 +18,7 @@ from pydantic import PositiveFloat, PositiveInt
 from .lab.core import config, require, send, torch_rng
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices
-from .lab.train import train
+from .lab.train import Graphs, train
 from .sampler import edm_sigmas, heun_step
 
 # %% ../nbs/41_progressive.ipynb #a15e8020
@@ -188,11 +188,14 @@ def _halve(teacher, sigmas, loss, data, train_cfg: TrainConfig, conditional: boo
     "One round: an n-step student of a 2n-step teacher on the levels sigmas (2n + 1,); returns student, history."
     n = len(sigmas) // 2
     student = copy.deepcopy(teacher).requires_grad_(True)
+    graphs = Graphs(student, train_cfg.compile)
+
+    def distance(image, labels, noise, place):
+        return progressive_loss(student, teacher, image, labels, noise, place, sigmas, *loss)
 
     def loss_fn(model, step, share):
         batch = draw_examples(data, n, step, train_cfg, conditional)
-        image, labels, noise, place = (None if v is None else send(v[share], sigmas.device) for v in batch)
-        return progressive_loss(model, teacher, image, labels, noise, place, sigmas, *loss)
+        return graphs(distance, *(None if v is None else send(v[share], sigmas.device) for v in batch))
 
     _, history = train(student, loss_fn, train_cfg, folder, identity, f"{n} steps")
     return student.eval().requires_grad_(False), history
