@@ -15,10 +15,11 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import nn
 
 from .kd import copy_denoiser
+from .lab.capture import Graphs
 from .lab.core import config, require, send, torch_rng
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig
-from .lab.train import Graphs, train
+from .lab.train import train
 from .losses import l1, l2
 from .precond import edm_coefficients
 from .progressive import draw_examples

@@ -13,10 +13,11 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from .gradients import supervised
 from .jacobian import jacobian_penalty, residual_penalty
+from .lab.capture import Graphs
 from .lab.core import Fraction, Ints, config, nearest, require, rng, send
 from .lab.core import require_callable, require_config, require_model
 from .lab.schedule import TrainConfig, batch_indices
-from .lab.train import Graphs, train
+from .lab.train import train
 from .losses import get_loss
 
 # %% ../nbs/31_distillation.ipynb #90c275a8

@@ -16,11 +16,12 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from .discriminator import R1_GAMMA, discriminator_loss, generator_loss, r1_penalty
+from .lab.capture import Graphs
 from .lab.core import config, require, send, torch_rng
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices, learning_rate
 from .lab.state import Method
-from .lab.train import Graphs, descend, make_optimizer, train_method, whole_batch, window_means
+from .lab.train import descend, make_optimizer, train_method, whole_batch, window_means
 
 # %% ../nbs/45_gdd.ipynb #f47d8658
 INNATE = ("conv0", "conv1", "proj")  # kinds of layers that GDD-I freezes

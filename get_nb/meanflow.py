@@ -14,10 +14,11 @@ from pydantic import NonNegativeFloat, PositiveFloat
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .lab.capture import Graphs
 from .lab.core import Fraction, config, send, torch_rng
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices
-from .lab.train import Graphs, train
+from .lab.train import train
 from .precond import PositionalEmbedding, class_vectors
 from .teachers import TEACHERS, build_teacher
 

@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 from pydantic import PositiveFloat, PositiveInt
 
+from .lab.capture import Graphs
 from .lab.core import config, require, send, torch_rng
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices
-from .lab.train import Graphs, train
+from .lab.train import train
 from .sampler import edm_sigmas, heun_step
 
 # %% ../nbs/41_progressive.ipynb #a15e8020

@@ -707,7 +707,9 @@ def test_a_plan_of_another_processor_is_used_as_far_as_this_one_can(no_bf16, cap
     assert said.count("\n") == 1 and "bf16" in said and "float32" not in said
 
 
-@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad, partial(torch.autocast, "cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "around", [torch.inference_mode, torch.no_grad, partial(torch.autocast, "cpu", torch.bfloat16)]
+)
 def test_what_surrounds_the_first_call_reaches_neither_the_measurement_nor_the_runs_random_numbers(choosing, around):
     model = awake(depth=1, tol=None, select="last")
     noise, labels = batch(model)

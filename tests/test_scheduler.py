@@ -1,12 +1,13 @@
 "Stages that run side by side: a failing one lets its neighbour finish, and nothing after it starts."
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from get_nb.lab import pipeline
+from get_nb.lab import pipeline, stages
 from get_nb.lab.profiles import Stage
 
 
@@ -18,7 +19,7 @@ def stage(name, *needs, **params):
 def run(monkeypatch, tmp_path):
     "Run fake stages: what each does is a function; -> names in the order of start, end and what was raised."
 
-    def run(stages, work, cores, **how):
+    def run(some, work, cores, **how):
         log = []
 
         def fake(s, key, root, runs, fresh):
@@ -30,7 +31,7 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(pipeline, "run_stage", fake)
         monkeypatch.setattr(pipeline, "why_run", lambda s, runs, keep=False: "test")
         monkeypatch.setattr(pipeline, "stage_key", lambda s, runs, keep=False: {})
-        monkeypatch.setattr(pipeline, "load_profile", lambda root, name: {s.name: s for s in stages})
+        monkeypatch.setattr(pipeline, "load_profile", lambda root, name: {s.name: s for s in some})
         error = None
         try:
             pipeline.run_profile(tmp_path, "p", runs=tmp_path, cores=cores, **how)
@@ -57,8 +58,8 @@ def test_going_on_leaves_out_what_needs_the_failed_stage_and_nothing_else(run):
         if name == "bad":
             raise pipeline.StageError("stage bad failed")
 
-    stages = [stage("bad"), stage("good"), stage("child", "bad"), stage("after", "good"), stage("grandchild", "child")]
-    log, error = run(stages, work, 1, go_on=True)
+    some = [stage("bad"), stage("good"), stage("child", "bad"), stage("after", "good"), stage("grandchild", "child")]
+    log, error = run(some, work, 1, go_on=True)
     ended = {line.split()[0] for line in log if line.endswith("ends")}
     assert error == "stage bad failed" and ended == {"good", "after"}
 
@@ -119,3 +120,28 @@ def test_a_half_finished_stage_survives_a_start_that_cannot_write(tmp_path, monk
     assert (folder / "state").is_dir()
     pipeline._prepare_folder(folder, dict(code="y"), fresh=False)
     assert not (folder / "state").exists()
+
+
+@pytest.mark.parametrize(
+    "gone, keep, draws, up_to_date",
+    [
+        ("student.safetensors", False, False, False),
+        ("student.safetensors", True, False, True),  # weights stay on the machine that trained
+        ("record.json", True, False, False),
+        ("figure.png", True, True, False),  # a figure is drawn anew
+    ],
+)
+def test_records_that_were_brought_from_another_machine_count(tmp_path, monkeypatch, gone, keep, draws, up_to_date):
+    s = Stage("s", Path("x.ipynb"), rows={"a": "b"} if draws else {})
+    assert s.draws == draws
+    monkeypatch.setattr(stages, "stage_key", lambda *_: dict(code={}, params={}, rows={}, inputs={}))
+    monkeypatch.setattr(stages, "declared_parameters", lambda _: {})
+    folder = tmp_path / "s"
+    folder.mkdir()
+    for name in ("record.json", gone):
+        (folder / name).write_text("1")
+    stamp = dict(key=stages.stage_key(), outputs=stages.stage_outputs(folder))
+    (folder / "stamp.json").write_text(json.dumps(stamp))
+    assert stages.why_run(s, tmp_path, keep) == ""
+    (folder / gone).unlink()
+    assert (stages.why_run(s, tmp_path, keep) == "") == up_to_date

@@ -81,7 +81,8 @@ def main(args=None):
 
 # %% ../../nbs/lab/48_cli.ipynb #dcc6c099
 _KEEP_HELP = (
-    "Keep finished stages whose code alone has changed, and say which; their records name the code that made them."
+    "Keep finished stages whose code alone has changed, or whose weights and pairs were left on another machine, "
+    "and say which; their records name the code that made them."
 )
 
 

@@ -371,7 +371,7 @@ def run_profile(
         fresh: run what is selected even if it is up to date
         runs: folder for runs; by default runs/ in the clone
         cores: to share among stages; by default as many as the largest has threads
-        keep: keep finished stages whose code alone has changed, and say so
+        keep: keep finished stages whose code alone has changed or whose weights are elsewhere, and say so
         go_on: after a failure run what does not need the stage that failed
 
     Returns:

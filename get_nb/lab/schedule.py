@@ -37,7 +37,7 @@ class TrainConfig:
         precision: of the forward pass
         seed: of everything random
         accumulate: forward passes per step and process: the same step in less memory
-        compile: mode of torch.compile, or "graph": CUDA graphs of the loss (lab room train, `Graphs`); "": none
+        compile: mode of torch.compile, or "graph": CUDA graphs of the loss (lab room capture); "": none
         on_bad: when a loss is not finite or explodes; "skip": go back to the last checkpoint, leave the step out
         explode: a loss this many times the curve's highest point has exploded; 0: never
         checkpoint_every: steps between checkpoints

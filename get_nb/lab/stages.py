@@ -279,7 +279,8 @@ def why_run(stage: Stage, runs: Path, keep: bool = False, inputs: dict = None) -
     Args:
         stage: of a profile
         runs: the profile's folder of runs
-        keep: is a result of older code good enough? (never for a table or figure)
+        keep: is a result of older code good enough, or one whose weights or pairs were left on another machine?
+            Never for a table or figure
         inputs: as in `stage_key`
 
     Returns:
@@ -297,6 +298,7 @@ def why_run(stage: Stage, runs: Path, keep: bool = False, inputs: dict = None) -
         return reason
     now = stage_outputs(folder, stamp["outputs"])
     for file, made in stamp["outputs"].items():
-        if now.get(file, {}).get("sha256") != made["sha256"]:
+        left_elsewhere = keep and not stage.draws and file not in now and not is_record(file)
+        if not left_elsewhere and now.get(file, {}).get("sha256") != made["sha256"]:
             return f"output {file} is gone or changed"
     return ""
