@@ -162,8 +162,9 @@ def test_the_loss_compiles_to_one_graph(name):
     eager = value_and_gradients(loss, net, batch)
     compiled = value_and_gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"), net, batch)
     assert len(eager) > 2 and eager[0].abs().sum() > 0
+    largest = max(a.abs().max() for a in eager)  # a slope that is zero but for rounding is as far off as the largest is
     for a, b in zip(eager, compiled, strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * (1 + a.abs().max()))
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * (1 + largest))
 
 
 @torch.no_grad()

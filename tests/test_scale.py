@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT, get_nb
 from get_nb.lab.shapes import DRAWS, SHAPES, draw_numbers, make_shapes, render_shapes, shape_distance
 from get_nb.lab.profiles import load_profile
+from get_nb.lab.costs import data_of, stage_cost, teacher_cost
 from get_nb.lab.stages import why_run
 
 
@@ -52,9 +53,8 @@ def test_no_two_classes_share_an_outline():
 def test_the_gpu_profile_has_what_the_tables_need():
     stages = load_profile(ROOT, "gpu")
     assert {"table_1_unconditional", "table_2_conditional", "table_3_get_vs_vit", "figure_samples"} <= stages.keys()
-    assert stages["pairs"].params["n"] >= 100_000 and all(
-        s.params.get("device", "cuda") == "cuda" for s in stages.values()
-    )
+    assert all(s.params.get("device", "cuda") == "cuda" for s in stages.values())
+    assert {data_of(s, stages) for s in stages.values() if not s.draws} == {"fashion-mnist", "shapes"}
 
 
 def test_the_sizes_of_the_gpu_profile_are_the_ones_it_names():
@@ -65,16 +65,26 @@ def test_the_sizes_of_the_gpu_profile_are_the_ones_it_names():
     def count(name):
         p = stages[name].params
         with torch.device("meta"):
-            return sum(
-                w.numel()
-                for w in create_model(p["model"], num_classes=10, image_size=16, **p["overrides"]).parameters()
-            )
+            net = create_model(p["model"], num_classes=0, image_size=28, channels=1, **p["overrides"])
+        return sum(w.numel() for w in net.parameters())
 
-    assert (
-        count("vit") == pytest.approx(count("get"), rel=0.01)
-        and count("vit_5x") == pytest.approx(5 * count("get"), rel=0.02)
-        and count("get_small") < 0.6 * count("get")
-    )
+    assert count("vit_0") == pytest.approx(count("get_0"), rel=0.01)
+    assert 4.5 < count("vit_5x_0") / count("get_0") < 5
+
+
+def test_a_price_is_of_the_stage_s_own_data_and_of_what_it_changes():
+    stages = load_profile(ROOT, "gpu")
+    spent = {
+        name: stage_cost(stages[name], stages, "digits")["pflop"] for name in ("teacher", "pairs", "shapes_teacher")
+    }
+    p = stages["teacher"].params
+    narrow = teacher_cost(p["teacher"], "fashion-mnist")["train_gflop"] * p["steps"] * p["batch_size"] / 1e6
+    assert 3.5 < spent["teacher"] / narrow < 4.1  # twice the width
+    per_pair = teacher_cost(p["teacher"], "fashion-mnist", (("base", 64),))["flop"] * 23
+    assert spent["pairs"] == pytest.approx(stages["pairs"].params["n"] * per_pair / 1e15)
+    p = stages["shapes_teacher"].params
+    counted = teacher_cost(p["teacher"], "shapes")["train_gflop"] * p["steps"] * p["batch_size"] / 1e6
+    assert spent["shapes_teacher"] == pytest.approx(counted)
 
 
 def test_snakemake_sees_the_stages_of_a_profile(tmp_path):

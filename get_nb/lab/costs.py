@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'BUDGETED', 'student_cost', 'student_memory', 'teacher_memory', 'teacher_cost', 'teacher_of', 'know_images',
-           'stage_cost']
+           'data_of', 'stage_cost']
 
 # %% ../../nbs/lab/41_costs.ipynb #5c5c83fb
 from functools import lru_cache
@@ -96,34 +96,36 @@ def student_memory(model: str, overrides: tuple, data: str, n_iter: int, images:
 
 
 @lru_cache(maxsize=None)
-def teacher_memory(teacher: str, data: str, images: int) -> float:
+def teacher_memory(teacher: str, data: str, images: int, overrides: tuple = ()) -> float:
     """The most memory of one training step of a teacher, in float32.
 
     Args:
         teacher: preset of a teacher
         data: key of IMAGES
         images: of one forward pass of one process
+        overrides: changed fields of the preset, as (name, value) pairs
 
     Returns:
         GB: weights, moments, average, gradient and what the step makes
     """
-    net, shape = _on_meta(create_teacher, teacher, data)
+    net, shape = _on_meta(create_teacher, teacher, data, overrides)
     x, per_image = torch.empty(images, *shape, device="meta"), torch.empty(images, device="meta")
     return _peak_gb(net, lambda: edm_loss(net, x, None, x, per_image, -1.2, 1.2))
 
 # %% ../../nbs/lab/41_costs.ipynb #4d7ee45f
 @lru_cache(maxsize=None)
-def teacher_cost(teacher: str, data: str) -> dict:
+def teacher_cost(teacher: str, data: str, overrides: tuple = ()) -> dict:
     """What one image costs a teacher, per evaluation and per training step.
 
     Args:
         teacher: preset of a teacher
         data: key of IMAGES: digits, shapes, cifar10 or cifar10-unverified
+        overrides: changed fields of the preset, as (name, value) pairs
 
     Returns:
         dict of parameters, flop of one evaluation, train_gflop per image and step
     """
-    net, shape = _on_meta(create_teacher, teacher, data)
+    net, shape = _on_meta(create_teacher, teacher, data, overrides)
     x, per_image = torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta")
 
     def loss():
@@ -177,10 +179,16 @@ def _at_once(params: dict) -> int:
     return -(-params["batch_size"] // params.get("accumulate", 1))
 
 
+def _overrides_of(stage) -> tuple:
+    "What a stage changes of its preset, as (name, value) pairs that can be looked up."
+    changed = stage.params.get("overrides") or {}
+    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in changed.items())
+
+
 def _teacher_stage(stage, stages, data):
-    p = stage.params
-    memory = teacher_memory(p["teacher"], data, _at_once(p))
-    return _training("train unet", teacher_cost(p["teacher"], data), p["steps"], p["batch_size"], memory)
+    p, changed = stage.params, _overrides_of(stage)
+    memory = teacher_memory(p["teacher"], data, _at_once(p), changed)
+    return _training("train unet", teacher_cost(p["teacher"], data, changed), p["steps"], p["batch_size"], memory)
 
 
 def _cost_of_student(params: dict, data: str) -> dict:
@@ -225,13 +233,14 @@ def _scaling_stage(stage, stages, data):
 
 
 def _pairs_stage(stage, stages, data):
-    p, teacher = stage.params, teacher_of(stages[stage.inputs["teacher"]])
+    p, source = stage.params, stages[stage.inputs["teacher"]]
+    teacher = teacher_of(source)
     if not teacher:
         return {}
     channels, size = IMAGES[data]
     n = p["n"] * num_evaluations(p["num_steps"], p["sampler"])
     disk = p["n"] * (8 * channels * size**2 + 16) / 1e9  # noise and image in float32, seed and label
-    return dict(_sampling("sample unet", n, teacher_cost(teacher, data)["flop"]), disk_gb=disk)
+    return dict(_sampling("sample unet", n, teacher_cost(teacher, data, _overrides_of(source))["flop"]), disk_gb=disk)
 
 # %% ../../nbs/lab/41_costs.ipynb #0e670494
 def _generator_of(stage, stages: dict):
@@ -254,7 +263,8 @@ def _evaluate_stage(stage, stages, data):
     evaluations = 1  # of a one-step generator
     if network is model and network.notebook.stem not in BUDGETED:
         evaluations = sum(num_evaluations(k, p["sampler"]) for k in [p["num_steps"], *p["sweep"]])
-    return _sampling("sample unet", p["samples"] * evaluations, teacher_cost(teacher_of(network), data)["flop"])
+    once = teacher_cost(teacher_of(network), data, _overrides_of(network))["flop"]
+    return _sampling("sample unet", p["samples"] * evaluations, once)
 
 
 def _budgeted_stage(stage, stages, data):
@@ -286,19 +296,33 @@ def know_images(data: str) -> bool:
     return data in IMAGES
 
 # %% ../../nbs/lab/41_costs.ipynb #297e9aa1
+def data_of(stage, stages: dict) -> str:
+    """The data set that a stage works on: named by itself, or by what it reads.
+
+    Args:
+        stage: Stage of a profile
+        stages: name -> Stage, the whole profile
+
+    Returns:
+        its name, or "" where none is named
+    """
+    read = (data_of(stages[name], stages) for name in stage.inputs.values())
+    return stage.params.get("data") or next(filter(None, read), "")
+
+
 def stage_cost(stage, stages: dict, data: str) -> dict:
     """What one stage of a profile computes.
 
     Args:
         stage: Stage of a profile
         stages: name -> Stage, the whole profile
-        data: name of the data set, a key of IMAGES
+        data: name of the data set where no stage says another, a key of IMAGES
 
     Returns:
         dict of kind (of work), evaluations, pflop, memory_gb and disk_gb, as far as they are known; empty where it
         costs next to nothing or cannot be told
     """
-    kind = stage.notebook.stem
+    kind, data = stage.notebook.stem, data_of(stage, stages) or data
     by_notebook = dict(teacher=_teacher_stage, student=_student_stage, pairs=_pairs_stage, evaluate=_evaluate_stage)
     by_notebook |= dict(search=_search_stage, scaling=_scaling_stage)
     if not know_images(data):
