@@ -17,7 +17,7 @@ from get_nb.lab.cli import main
 from get_nb.lab.core import ConfigError, FileError, seed_everything
 from get_nb.lab.files import save_checkpoint, write_json
 from get_nb.lab.publishing import ship
-from get_nb.lab.shipped import shipped_folder, shipped_names, verify_shipped
+from get_nb.lab.shipped import model_card, shipped_folder, shipped_names, verify_shipped
 from get_nb.precond import EDMPrecond
 
 SHAPE = dict(num_classes=3, image_size=8, channels=1)
@@ -119,6 +119,14 @@ def test_a_card_says_what_the_records_say(weights):
     assert not [word for word in said if word not in card.text]
     assert "threads" not in card.text and "## Limits" in card.text and card.data.library_name == "get_nb"
     assert json.loads((weights / "digits-get/config.json").read_text(encoding="utf-8"))["dim"] == 16
+
+
+def test_a_card_of_an_evaluation_against_statistics_says_what_was_not_measured():
+    split = dict(fd=12.3, kid=None, precision=None, recall=None)
+    measured = dict(train=split, test=dict(split, fd=13.4), data="clothes", distance="FD", protocol="1,000 images")
+    card = model_card(dict(name="x", image_size=8, channels=1), dict(evaluations=dict(float16=measured)))
+    assert "| float16, against clothes/test | 13.4 | – | – | – |" in card
+    assert "1,000 images.\n" in card and "seeds from" not in card and "?" not in card
 
 
 def test_what_is_shipped_is_counted_and_checked(weights, tmp_path, monkeypatch):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['in_features', 'read_rows', 'task_name', 'distance_name', 'second_network', 'kid_digits', 'count_of', 'scaled',
-           'rate_cell', 'read_published', 'published_beside', 'published_cell', 'published_notes', 'floor_cell',
-           'metric_row', 'sample_note', 'floor_note', 'total_cell', 'compare_cells', 'said', 'mean_of']
+           'rate_cell', 'read_published', 'published_beside', 'published_cell', 'published_notes', 'floor_point',
+           'floor_cell', 'metric_row', 'sample_note', 'floor_note', 'total_cell', 'compare_cells', 'said', 'mean_of']
 
 # %% ../../nbs/lab/21_report.ipynb #c0b75e1b
 import statistics
@@ -240,20 +240,38 @@ def published_notes(published: dict, table: dict) -> list:
     return [f"Published beside {label}: {table[key]['source']}." for label, key in published.items()]
 
 # %% ../../nbs/lab/21_report.ipynb #4d1db0c9
-def floor_cell(record: dict) -> dict:
+def floor_point(record: dict, samples: int) -> int | None:
+    """Where, on the floor's curve, as many images are measured as models made.
+
+    Args:
+        record: of the evaluation of real data
+        samples: images of the models beside it; 0: not asked for
+
+    Returns:
+        place in its curve; None: the whole set is as large, or nothing was measured at that number
+    """
+    counts = [p["n"] for p in record.get("curve", []) if isinstance(p, dict)]
+    return counts.index(samples) if samples in counts and samples != record["samples"] else None
+
+
+def floor_cell(record: dict, samples: int = 0) -> dict:
     """FD of held-out against training images.
 
     Args:
         record: of the evaluation of real data
+        samples: images of the models beside it; a distance depends on their number; 0: of the whole set
 
     Returns:
         a cell: mean and spread over splits
     """
+    at = floor_point(record, samples)
+    if at is not None:
+        return cell(record, f"curve.{at}.fd")
     floor = record["floor"]
     return dict(value=floor["mean"], std=floor["std"], n=len(floor["fd"]), source=cell(record, "floor.mean")["source"])
 
 # %% ../../nbs/lab/21_report.ipynb #5a3f2898
-def metric_row(label: str, records: list, prefix: str, published: dict, table: dict) -> dict:
+def metric_row(label: str, records: list, prefix: str, published: dict, table: dict, samples: int = 0) -> dict:
     """All metrics of one way of sampling.
 
     Args:
@@ -262,6 +280,7 @@ def metric_row(label: str, records: list, prefix: str, published: dict, table: d
         prefix: of the keys inside the records: "" or that of a point in a sweep, such as "sweep.0."
         published: label -> key in the table of published figures
         table: of `read_published`
+        samples: images of the models, for a row of real data
 
     Returns:
         column key -> cell or None
@@ -275,7 +294,7 @@ def metric_row(label: str, records: list, prefix: str, published: dict, table: d
         method=label,
         evaluations=get("evaluations"),
         parameters=None if real else get("parameters", 1e-3),
-        fd_train=floor_cell(records[0]) if real else get("train.fd"),
+        fd_train=floor_cell(records[0], samples) if real else get("train.fd"),
         fd_test=get("test.fd"),
         fd_beside=get(second_network(records[0])[0]) if second_network(records[0]) else None,
         kid=get("train.kid"),
@@ -309,18 +328,24 @@ def sample_note(read: dict) -> str:
     )
 
 
-def floor_note(read: dict) -> list:
+def floor_note(read: dict, samples: int = 0) -> list:
     """What the row of real data means, if there is one.
 
     Args:
         read: label -> records
+        samples: images of the models
 
     Returns:
         a note for each record of real data
     """
     floors = [r for records in read.values() for r in records if r.get("kind") == "data"]
     return [
-        f"Floor: {r['samples']} held-out images against {r['references']['train']} training images."
+        f"Floor: {r['samples']:,} held-out images against {r['references']['train']:,} training images."
+        + (
+            f" Its first distance is that of {samples:,} held-out images."
+            if floor_point(r, samples) is not None
+            else ""
+        )
         if "references" in r
         else f"Floor: {r['samples']} held-out images against the training images; FD is mean ± sample standard "
         f"deviation over {len(r['floor']['fd'])} splits, of which only the first was unseen by the feature network; "

@@ -101,9 +101,9 @@ _KINDS = {
 }
 _LIMITS = """\
 It makes small images of the one kind that it was trained on, and nothing else. It is for study: to follow a method from
-noise to image, not to be used where a wrong image does harm. Images can resemble training images: the copy share above
-says how many come nearer to one than that image's own nearest neighbour does. Distances in a classifier's features rank
-models of one data set; they are no FID and cannot be compared with one."""
+noise to image, not to be used where a wrong image does harm. Images can resemble training images: a copy share, where
+one is given, says how many come nearer to one than that image's own nearest neighbour does. Distances in a classifier's
+features rank models of one data set; they are no FID and cannot be compared with one."""
 _LICENCE = "Weights and code: Apache-2.0. The images that they learnt from: see Data."
 _USE = """```python
 import get_nb
@@ -122,11 +122,14 @@ def _metric_lines(evaluations: dict) -> list:
     lines = []
     for label, e in evaluations.items():
         for split in ("train", "test"):
-            cells = [f"{e[split][k]:.3g}" if k in e[split] else "–" for k in ("fd", "kid", "precision", "recall")]
+            cells = [
+                "–" if e[split].get(k) is None else f"{e[split][k]:.3g}" for k in ("fd", "kid", "precision", "recall")
+            ]
             lines.append(f"| {label}, against {e['data']}/{split} | " + " | ".join(cells) + " |")
     first = next(iter(evaluations.values()))
     head = f"| weights in | {first['distance']} ↓ | KID ↓ | precision ↑ | recall ↑ |"
-    notes = [f"{first['protocol']}; seeds from {first.get('first_seed', '?')} upwards."]
+    seeds = f"; seeds from {first['first_seed']} upwards" if "first_seed" in first else ""
+    notes = [f"{first['protocol']}{seeds}."]
     if first.get("class_accuracy") is not None:
         notes.append(f"Class accuracy: {first['class_accuracy']:.1%}.")
     if first.get("copy_share") is not None:
