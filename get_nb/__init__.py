@@ -6,5 +6,5 @@ The names that others rely on are listed in __init__.pyi and loaded when they ar
 
 import lazy_loader
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
