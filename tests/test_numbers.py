@@ -33,8 +33,8 @@ WORDED = {"table_claims", "table_7_scaling"}  # tables whose cells are sentences
 def test_the_distances_of_a_fit_are_those_of_its_records(path):
     for row in read(path)["rows"]:
         found = []
-        for source in row["sources"]:
-            stage, key = source.split(":")
+        for where in row["sources"]:
+            stage, key = where.split(":")
             value = read(path.parents[1] / f"records/{stage}/record.json")
             for k in key.split("."):
                 value = value[int(k) if isinstance(value, list) else k]

@@ -145,7 +145,8 @@ def _student(side: int, gpu: bool) -> dict:
         return dict(
             get="GET-T/2", vit="ViT-S/2", get_how=dict(z0="zero", select="last", tol=None, patch=patch), vit_how=vit
         )
-    return dict(get="GET-digits/2", vit="ViT-digits/2", get_how=dict(patch=patch), vit_how=dict(patch=patch))
+    data = "digits/2" if side <= 16 else "fashion/4"
+    return dict(get=f"GET-{data}", vit=f"ViT-{data}", get_how=dict(patch=patch), vit_how=dict(patch=patch))
 
 
 def _plan(look: Look, gpu: bool, quick: bool) -> dict:
@@ -157,14 +158,18 @@ def _plan(look: Look, gpu: bool, quick: bool) -> dict:
         plan |= dict(steps=12000, batch=256, lr=0.001, warmup=500, half_life=150000, pairs=100000, shard=5000)
         plan |= dict(student_steps=4000, student_batch=256, get_lr=0.0005, vit_lr=0.0005, student_warmup=200, n_iter=6)
     else:
-        plan |= dict(device="cpu", threads=min(4, os.cpu_count()), teacher="unet-digits", classifier=500)
-        plan |= dict(steps=2200, batch=128 if look.side <= 16 else 64, lr=0.004, warmup=50, half_life=40000)
-        plan |= dict(pairs=12000 if look.side <= 16 else 8000, shard=2000, student_steps=3000, student_batch=64)
-        plan |= dict(get_lr=0.004, vit_lr=0.016, student_warmup=300, n_iter=6)
-    plan["samples"], plan["splits"] = 5000, 4
+        plan |= dict(device="cpu", threads=min(4, os.cpu_count()), classifier=500, warmup=50, shard=2000)
+        plan |= dict(student_steps=3000, student_batch=64, student_warmup=300, n_iter=6)
+        if look.side <= 16:
+            plan |= dict(teacher="unet-digits", steps=2200, batch=128, lr=0.004, half_life=40000)
+            plan |= dict(pairs=12000, get_lr=0.004, vit_lr=0.016)
+        else:
+            plan |= dict(teacher="unet-fashion", steps=4400, batch=32, lr=0.002, half_life=20000)
+            plan |= dict(pairs=8000, get_lr=0.002, vit_lr=0.004)
+    plan |= dict(samples=5000, splits=4, num_steps=18, pair_steps=12)
     if quick:
         plan |= dict(classifier=20, steps=12, batch=32, warmup=2, pairs=192, shard=64, student_steps=12)
-        plan |= dict(student_batch=32, student_warmup=2, samples=300, splits=2)
+        plan |= dict(student_batch=32, student_warmup=2, samples=100, splits=2, num_steps=4, pair_steps=4)
     return plan
 
 # %% ../../nbs/lab/46b_own.ipynb #f1424352
@@ -172,7 +177,7 @@ def _measured_stages(p: dict) -> dict:
     "The stages that train, generate and measure."
     teacher = dict(teacher=p["teacher"], steps=p["steps"], batch_size=p["batch"], lr=p["lr"], warmup=p["warmup"])
     teacher |= dict(p_mean=p["p_mean"], p_std=p["p_std"], ema_half_life=p["half_life"])
-    pairs = dict(n=p["pairs"], num_steps=12, shard_size=p["shard"])
+    pairs = dict(n=p["pairs"], num_steps=p["pair_steps"], shard_size=p["shard"])
     student = dict(n_iter=p["n_iter"], steps=p["student_steps"], batch_size=p["student_batch"])
     student |= dict(warmup=p["student_warmup"])
     stages = dict(classifier=dict(params=dict(steps=p["classifier"], floor_splits=p["splits"])))
@@ -182,7 +187,7 @@ def _measured_stages(p: dict) -> dict:
         stages[name] = dict(notebook="student", inputs=dict(pairs="pairs"), params=own | student)
     for name, sweep in dict(teacher=[1, 2, 4], get=[1, 2], vit=[]).items():
         inputs, params = dict(model=name, classifier="classifier"), dict(samples=p["samples"])
-        params |= (dict(sweep=sweep) if sweep else {}) | (dict(num_steps=18) if name == "teacher" else {})
+        params |= (dict(sweep=sweep) if sweep else {}) | (dict(num_steps=p["num_steps"]) if name == "teacher" else {})
         stages[f"evaluate_{name}"] = dict(notebook="evaluate", inputs=inputs, params=params)
     return stages
 
@@ -208,7 +213,10 @@ def _drawn_stages() -> dict:
 # %% ../../nbs/lab/46b_own.ipynb #b63846c6
 def _reasons(look: Look, p: dict) -> dict:
     "Why each stage is as it is, in lines of comment."
-    patch, recipe = p["get_how"]["patch"], "shapes (gpu)" if p["device"] == "cuda" else "digits (cpu)"
+    patch, recipe = (
+        p["get_how"]["patch"],
+        {"unet-shapes": "shapes (gpu)", "unet-fashion": "clothes (fashion)"}.get(p["teacher"], "digits (cpu)"),
+    )
     wider, tokens = " + ln(side / 32)" if look.side > 32 else "", (look.side // patch) ** 2
     return dict(
         classifier=[
@@ -220,7 +228,7 @@ def _reasons(look: Look, p: dict) -> dict:
             f"Network, steps and lr are those of the profile of the {recipe}; not searched for on these pictures.",
             "If its loss jumps, halve lr; if its samples are blurred, give it more steps.",
         ],
-        pairs=[f"{p['pairs']} images of the teacher, 12 Heun steps each; more of them help the students most."],
+        pairs=[f"{p['pairs']} images of the teacher, {p['pair_steps']} Heun steps each; more help the students most."],
         get=[f"A patch of {patch} pixels makes {tokens} tokens of an image; attention costs their square."],
         vit=["As many parameters and steps as the GET; plain blocks bear a higher learning rate on small sizes."],
         evaluate_teacher=["Distances of as many images from each, at several numbers of steps or iterations."],
