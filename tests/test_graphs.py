@@ -217,3 +217,34 @@ def test_a_capture_is_not_copied_with_what_was_trained(graphs):
     replay(lambda noise: distill_loss(net, noise, None, noise, DistillConfig(n_iter=2)), x).backward()
     twin = copy.deepcopy(net)
     assert not any(isinstance(v, Graphs) for v in vars(twin).values())
+
+
+def leaves_of(node, seen):
+    "The tensors to which a graph of autograd leads back."
+    if node is None or node in seen:
+        return []
+    seen.add(node)
+    own = [node.variable] if hasattr(node, "variable") else []
+    return own + [v for after, _ in node.next_functions for v in leaves_of(after, seen)]
+
+
+def test_no_node_of_the_weights_themselves_takes_part_in_a_recording(graphs, monkeypatch):
+    net, x, found = small_get(), torch.randn(2, 1, 8, 8, device=DEVICE), []
+
+    def loss(noise):
+        return distill_loss(net, noise, None, noise, DistillConfig(n_iter=2))
+
+    alive = loss(x)  # its nodes belong to the stream outside, and would break a recording that met them
+    slope = torch.autograd.grad
+
+    def spy(value, weights, **options):
+        found.append(leaves_of(value.grad_fn, set()))
+        return slope(value, weights, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    replay = Graphs(net)
+    replay(loss, x)
+    assert alive.requires_grad and replay.works and found and found[0]
+    places = {p.data_ptr() for p in net.parameters()}
+    assert not [v for v in found[0] if any(v is p for p in net.parameters())]
+    assert {v.data_ptr() for v in found[0]} <= places  # twins: other tensors in the same memory

@@ -52,16 +52,29 @@ class _Replayed(torch.autograd.Function):
         return None, None, *(None if d is None else outer * d for d in ctx.slopes)
 
 # %% ../../nbs/lab/11b_capture.ipynb #c0a1b2d9
+class _Loss(torch.nn.Module):
+    "A loss as a module, so that other tensors can stand in for the weights of the model behind it."
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *inputs):
+        return self.loss(*inputs)
+
+
 class _Graph:
     "One captured loss: where its inputs lie, what a replay computes, over which weights."
 
     def __init__(self, loss, model, inputs):
         self.inputs = [None if t is None else t.clone() for t in inputs]
-        self.weights = [p for p in model.parameters() if p.requires_grad]
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        twins = {f"model.{name}": p.detach().requires_grad_() for name, p in weights.items()}
+        self.weights, module = list(weights.values()), _Loss(model, loss)
 
         def work():
-            found = loss(*self.inputs)
-            return _without_graph(found), torch.autograd.grad(_loss_of(found), self.weights, allow_unused=True)
+            found = torch.func.functional_call(module, twins, tuple(self.inputs))
+            return _without_graph(found), torch.autograd.grad(_loss_of(found), twins.values(), allow_unused=True)
 
         kind = self.weights[0].device.type
         mixed = dict(dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind))
