@@ -230,9 +230,9 @@ def distill(
         n = iterations_at(cfg, step, train_cfg.steps, train_cfg.seed)
         return pairs_loss(model, pairs, index, cfg, n, distance, formulation, graphs)
 
-    graphs = Graphs(model, train_cfg.compile)
     functions = dict(probe=probe, distance=distance, formulation=formulation, watch=watch)
     _check_distillation(model, pairs, cfg, train_cfg, functions)
+    graphs = Graphs(model, train_cfg.compile)
     digests = [s["sha256"] for s in pairs.manifest["shards"]]
     identity = dict(distill=asdict(cfg), model=model.config, pairs=digests)
     chooses = formulation if hasattr(formulation, "restore") else None

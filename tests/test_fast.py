@@ -423,7 +423,7 @@ def test_two_processes_take_the_fast_steps_of_one(toy_pairs, tmp_path):
     "student,loss,train,said",
     [
         ({}, {}, dict(precision="fp16"), "bf16 or float32"),
-        ({}, {}, dict(compile="max-autotune"), "mode 'default' only"),
+        ({}, {}, dict(compile="max-autotune"), "mode 'default' or 'graph' only"),
         ({}, dict(residual=0.1), {}, "penalties"),
         (dict(gradient="phantom"), {}, {}, "gradient = 'unrolled' only, not 'phantom'"),
         (dict(injection="adaln"), {}, {}, "injection = 'additive' only, not 'adaln'"),

@@ -218,7 +218,7 @@ def cores_of(stage: Stage, cores: int) -> int:
 class _Schedule:
     "The stages of one run: which wait, which run, which have ended, and how."
 
-    def __init__(self, stages: dict, root: Path, runs: Path, cores: int, again: tuple, keep: bool, go_on: bool):
+    def __init__(self, stages: dict, root: Path, runs: Path, cores: int, again: tuple, keep: bool, go_on=False):
         self.stages = stages
         self.root, self.runs = root, runs
         self.cores, self.again, self.keep, self.go_on = cores, again, keep, go_on
