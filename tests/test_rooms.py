@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from lint import SPINE
 from nbclient import NotebookClient
-from rooms import PATIENT, ROOMS, compare_picture, compare_text, differences
+from rooms import PATIENT, ROOMS, compare_picture, compare_text, differences, run
 from style import pictures
 
 
@@ -34,6 +34,16 @@ def test_a_changed_number_word_or_picture_is_noticed():
     assert compare_text("error -0.5", "error 0.5", 0.05)
     white, black, small = (png(size, value) for size, value in ((64, 255), (64, 0), (32, 255)))
     assert not compare_picture(white, white) and compare_picture(white, black) and compare_picture(white, small)
+
+
+def test_what_a_test_sets_for_itself_does_not_reach_a_room_that_runs_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("GET_NB_DATA", "elsewhere")
+    code = "import os\nimport matplotlib.pyplot as plt\nplt.plot([1, 2])\nos.environ.get('GET_NB_DATA')"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), tmp_path / "room.ipynb")
+    made, _ = run(tmp_path / "room.ipynb")
+    shown = [o.get("data", {}) for o in made.cells[0].outputs]
+    assert any("image/png" in data for data in shown) and not any("elsewhere" in str(data) for data in shown)
 
 
 LATE = """
