@@ -308,7 +308,7 @@ class Gan(Method):
             return generator_loss(D(fake, y)), fake.detach()
 
         adversarial, fake = self.on_generator(fool, batch.noise[share], y)
-        batch.fakes[share.start] = fake.detach()
+        batch.fakes[share.start] = fake.detach().clone()  # the next share is replayed into the same place
         extra = self.extra(G, step, share) if self.extra else adversarial.new_zeros(())
         return dict(total=adversarial + extra, generator=adversarial, extra=extra)
 
@@ -332,7 +332,7 @@ class Gan(Method):
         y = _part(batch.real_labels, share), _part(batch.labels, share)
         inputs = batch.real[share], y[0], batch.fakes[share.start], y[1]
         critic, right, seen = self.on_critic(judge, *inputs, key="logits")
-        batch.on_real[share.start] = [logits.detach() for logits in seen]
+        batch.on_real[share.start] = [logits.detach().clone() for logits in seen]
         return dict(critic=critic, right=right.detach())
 
     def r1_terms(self, batch: GanBatch, share: slice) -> dict:

@@ -25,9 +25,9 @@ def _recorded(work):
 # %% ../../nbs/lab/11b_capture.ipynb #c0a1b2d7
 def _loss_of(found):
     "The loss among what a loss function returned: itself, or the first of a dict or tuple."
-    return (
-        found if isinstance(found, torch.Tensor) else next(iter(found.values() if isinstance(found, dict) else found))
-    )
+    if isinstance(found, torch.Tensor):
+        return found
+    return next(iter(found.values())) if isinstance(found, dict) else found[0]
 
 
 def _without_graph(found):

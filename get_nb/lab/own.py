@@ -213,10 +213,8 @@ def _drawn_stages() -> dict:
 # %% ../../nbs/lab/46b_own.ipynb #b63846c6
 def _reasons(look: Look, p: dict) -> dict:
     "Why each stage is as it is, in lines of comment."
-    patch, recipe = (
-        p["get_how"]["patch"],
-        {"unet-shapes": "shapes (gpu)", "unet-fashion": "clothes (fashion)"}.get(p["teacher"], "digits (cpu)"),
-    )
+    recipes = {"unet-shapes": "shapes (gpu)", "unet-fashion": "clothes (fashion)", "unet-digits": "digits (cpu)"}
+    patch, recipe = p["get_how"]["patch"], recipes[p["teacher"]]
     wider, tokens = " + ln(side / 32)" if look.side > 32 else "", (look.side // patch) ** 2
     return dict(
         classifier=[
