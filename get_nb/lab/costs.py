@@ -7,6 +7,7 @@ __all__ = ['IMAGES', 'BUDGETED', 'student_cost', 'student_memory', 'teacher_memo
            'data_of', 'stage_cost']
 
 # %% ../../nbs/lab/41_costs.ipynb #5c5c83fb
+import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from .checkpoints import create_model, create_teacher
 from .counting import FusedAttention, LiveMemory, count_parameters, flops
 from .fast import Fast
 from .folders import list_pictures, read_picture, split_size
+from .shipped import shipped_folder, shipped_names
 from ..precond import edm_loss
 from ..sampler import num_evaluations
 from ..teachers import TEACHERS
@@ -147,7 +149,7 @@ BUDGETED = dict(  # notebooks whose stages are given FLOPs to spend -> kind of w
 
 
 def teacher_of(stage) -> str:
-    """The network of a teacher stage: trained by name, or imported from a file of a released name; MeanFlow's own.
+    """The network of a teacher stage: trained by name, shipped, or imported from a released file; MeanFlow's own.
 
     Args:
         stage: Stage of a profile
@@ -155,8 +157,10 @@ def teacher_of(stage) -> str:
     Returns:
         key of TEACHERS, or ""
     """
-    p = stage.params
-    return p.get("teacher") or p.get("network") or next((t for t in TEACHERS if t in Path(p.get("file", "")).name), "")
+    p, file = stage.params, str(stage.params.get("file", ""))
+    if file in shipped_names():
+        return json.loads((shipped_folder() / file / "config.json").read_text(encoding="utf-8"))["name"]
+    return p.get("teacher") or p.get("network") or next((t for t in TEACHERS if t in Path(file).name), "")
 
 
 def _training(kind: str, cost: dict, steps: int, batch: int, memory_gb: float) -> dict:
@@ -214,9 +218,9 @@ def _student_stage(stage, stages, data):
 
 
 def _search_stage(stage, stages, data):
-    "Every rate for a share of the steps, and three for all; rates that may be added at an end are not counted."
+    "Every rate for a share of the steps, and three for all if asked; rates that may be added at an end do not count."
     p = stage.params
-    steps = round(p["steps"] * (p["share"] * len(p["lrs"]) + 3))
+    steps = round(p["steps"] * (p["share"] * len(p["lrs"]) + 3 * p["confirm"]))
     cost, memory = _cost_of_student(p, data), _memory_of_student(p, data)
     return _training("train transformer", cost, steps, p["batch_size"], memory)
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import torch
 
 from .archives import MAGIC, read_torch
+from .checkpoints import load_checkpoint
 from .core import ConfigError, FileError, progress, require_whole
 from .diffusers import load_diffusers
 from .files import load_tensors, save_checkpoint, save_tensors, sha256_file, write_json
 from .released import finite_tensors, load_edm_pickle, load_reference_get
+from .shipped import find_checkpoint, shipped_names
 
 # %% ../../nbs/lab/27_imports.ipynb #e0183a63
 def _numbered(folder: Path) -> dict:
@@ -217,14 +219,16 @@ def recognise(path) -> str:
     """Which of the supported layouts a path has.
 
     Args:
-        path: file or folder
+        path: file or folder, or a shipped name
 
     Returns:
-        "pairs", "diffusers", "get" or "edm"
+        "pairs", "diffusers", "get", "edm" or "shipped"
 
     Raises:
         FileError: none of them
     """
+    if str(path) in shipped_names() and not Path(path).exists():
+        return "shipped"
     path = Path(path)
     if path.is_dir():
         if (path / "latent").is_dir() and (path / "image").is_dir():
@@ -251,7 +255,7 @@ def import_file(path, out=None) -> str:
     """Recognise a released file and write it in our format.
 
     Args:
-        path: a released GET, an EDM pickle, a folder of released pairs, or a diffusers pipeline
+        path: a released GET, an EDM pickle, a folder of released pairs, a diffusers pipeline, or a shipped name
         out: where to; None: its name, in the working directory
 
     Returns:
@@ -274,9 +278,12 @@ def import_file(path, out=None) -> str:
         raise ConfigError(f"--out {out}: weights are written as .safetensors")
     if out.exists():
         raise ConfigError(f"{out}: is there already; name another file with --out")
-    model = dict(get=load_reference_get, edm=load_edm_pickle, diffusers=load_diffusers)[kind](path)
+    readers = dict(get=load_reference_get, edm=load_edm_pickle, diffusers=load_diffusers, shipped=load_checkpoint)
+    model = readers[kind](path)
+    path = find_checkpoint(path) if kind == "shipped" else path
     finite_tensors({k: v for k, v in model.state_dict().items() if v.is_floating_point()}, path)
-    save_checkpoint(out, model, imported=path.resolve().name, sha256=sha256_file(path) if path.is_file() else None)
+    name = path.parent.name if kind == "shipped" else path.resolve().name
+    save_checkpoint(out, model, imported=name, sha256=sha256_file(path) if path.is_file() else None)
     c, parameters = model.config, sum(p.numel() for p in model.parameters())
     size = f"{c['channels']}x{c['image_size']}x{c['image_size']}"
     return f"{out}: {c['name']}, images {size}, {c['num_classes'] or 'no'} classes, {parameters:,} parameters"
