@@ -145,6 +145,7 @@ def _import(file, out, download):
     \b
     get-nb import get-b-uncond.pth --out get-b.safetensors
     get-nb import fashion-mnist --download
+    get-nb import digits-teacher --out teacher.safetensors
     """
     sets = ("cifar10", "fashion-mnist")
     only = f"--download: only {' and '.join(sets)} can be fetched, not {file!r}; put the file here yourself"
