@@ -43,6 +43,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 autodoc_inherit_docstrings = False
+python_display_short_literal_types = True
 
 html_theme = "furo"
 html_title = "get_nb"
@@ -128,6 +129,11 @@ def plain(line):
     return "".join(f"``{p.strip('`')}``" if p.startswith("`") else re.sub(r"([*|_`\\])", r"\\\1", p) for p in parts)
 
 
+def plain_signature(app, what, name, obj, options, signature, returned):
+    "Annotated[int, Gt(gt=0)] is an int: the range stands in the docstring, or in the error."
+    return signature and re.sub(r"Annotated\[(\w+), [^\]]*\]", r"\1", signature), returned
+
+
 def plain_docstring(app, what, name, obj, options, lines):
     lines[:] = [plain(line) for line in lines]
 
@@ -188,5 +194,6 @@ def front(app, error):
 def setup(app):
     app.connect("builder-inited", write_pages)
     app.connect("source-read", prepare)
+    app.connect("autodoc-process-signature", plain_signature)
     app.connect("autodoc-process-docstring", plain_docstring, priority=100)
     app.connect("build-finished", front)

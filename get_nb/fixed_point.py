@@ -124,8 +124,8 @@ class Tracker:
             n_evals=len(self.abs_trace),
             abs_trace=absolute,
             rel_trace=relative,
-            abs_lowest=absolute.nan_to_num(float("inf")).amin(1),
-            rel_lowest=relative.nan_to_num(float("inf")).amin(1),
+            abs_lowest=absolute.nan_to_num(nan=math.inf, posinf=math.inf).amin(1),
+            rel_lowest=relative.nan_to_num(nan=math.inf, posinf=math.inf).amin(1),
             lowest_step=self.step,
             converged=self.converged,
             evals=self.evals,
@@ -300,7 +300,7 @@ def fixed_point_iter(f, z0, *, max_iter, tol=None, stop_mode="rel", tau=1.0, sel
         z0: start (B, ...), any floating-point type; or a tuple of starts, then f takes and returns as many states
         max_iter (int): evaluations of f at most
         tol (float): residual at which an image has converged; None: run all evaluations
-        stop_mode (str): "abs" or "rel", which residual
+        stop_mode (str): "abs" or "rel", which residual tol bounds, and which is "lowest"
         tau (float): damping, z + tau (f(z) - z)
         select (str): return f(z_k) of the "lowest" residual, or of the "last" evaluation
 
