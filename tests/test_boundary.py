@@ -315,11 +315,12 @@ def test_solver_options_that_mean_nothing_are_refused_in_one_line(said, how):
         equilibrium(lambda z: z / 2, Z0, max_iter=3, adjoint=how)
 
 
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("solver", ["fixed_point", "anderson", "broyden"])
-def test_a_map_that_gives_nan_is_reported_by_the_solver(solver):
+def test_a_map_that_gives_no_number_is_reported_by_the_solver(solver, broken):
     def f(z):
         z = z / 2
-        return torch.where(torch.arange(3)[:, None] == 1, torch.nan, z)
+        return torch.where(torch.arange(3)[:, None] == 1, broken, z)
 
     z, stats = solve(f, Z0, solver, max_iter=20, tol=1e-5, stop_mode="abs")
     assert stats.failed.tolist() == [False, True, False] and stats.converged.tolist() == [True, False, True]
