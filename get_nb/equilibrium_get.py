@@ -80,7 +80,7 @@ class EquilibriumConfig(GETConfig):
         phantom_steps: steps with gradient of the phantom gradient
         phantom_tau: their damping, above 0; 1 is none
         adjoint_iter: evaluations at most for the implicit gradient's equation (Anderson)
-        adjoint_tol: relative residual at which that equation counts as solved
+        adjoint_tol: relative residual at which that equation counts as solved; None: after adjoint_iter evaluations
         constant_memory: unrolled gradient without storing every iteration
         slots: states stored then, besides the start
     """
@@ -100,7 +100,7 @@ class EquilibriumConfig(GETConfig):
     phantom_steps: PositiveInt = 1
     phantom_tau: PositiveFloat = 1.0
     adjoint_iter: PositiveInt = 20
-    adjoint_tol: NonNegativeFloat = 1e-4
+    adjoint_tol: NonNegativeFloat | None = 1e-4
     constant_memory: bool = False
     slots: PositiveInt = 4
 

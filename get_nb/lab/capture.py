@@ -13,7 +13,10 @@ def _recorded(work):
     "Capture what `work` starts on the GPU -> what it returned, and a function that starts all of it again."
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
+    with (
+        torch.random.fork_rng([torch.cuda.current_device()]),
+        torch.cuda.stream(aside),
+    ):  # no number of the step is drawn
         for _ in range(3):
             work()  # libraries choose their kernels and take their memory
     torch.cuda.current_stream().wait_stream(aside)

@@ -19,7 +19,7 @@ from ..distillation import DistillConfig
 from ..evaluation import EvalConfig, evaluate, generate
 from ..get import GET, ViT
 from .checkpoints import load_checkpoint
-from .core import ConfigError, progress, require, setup
+from .core import ConfigError, progress, require, require_whole, setup
 from .data import load_data, short_name
 from .fast import Fast, require_options
 from .figures import image_grid
@@ -219,6 +219,8 @@ def evaluate_checkpoint(
     _refuse_misfits(model, path, sources, statistics, unconditional or steps)
     networks = [load_features(f, device) for f in sources]
     kinds = [n.kind for n in networks]
+    apart = not {"effnet", "inception"} <= {*kinds}
+    require(apart, "FID is measured against all images, FD-effnet against 10,000: ask for one of them at a time")
     most = _SAMPLES["effnet"] if "effnet" in kinds else 0
     name, train, test = load_references(_shape_of(model), data, statistics or {}, path, most)
     cfg = EvalConfig(
@@ -350,6 +352,9 @@ def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):
     require(steps_fit, f"{checkpoint}: {c['name']} is one-step; --steps is for teachers")
     iterations_fit = "n_iter" not in how or isinstance(model, GET)
     require(iterations_fit, f"{checkpoint}: {c['name']} does not iterate; --iterations is for GETs")
+    require_whole("n", n)
+    ending = Path(out).suffix
+    require(ending in (".png", ".npz"), f"{out}: images are written as .png (a grid) or .npz, not {ending or 'this'}")
     chosen = _labels_for(model, labels, n, checkpoint) if labels else None
     formulation = sampling_formulation(model, how.get("precision", "float32"))
     images, y, seeds = [], [], range(seed, seed + n)

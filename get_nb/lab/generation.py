@@ -124,11 +124,12 @@ def _generate_missing(denoiser, folder: Path, cfg: PairsConfig, bar):
         bar.refresh()
 
 # %% ../../nbs/lab/26_generation.ipynb #a2a5f84d
-def _checked_entries(folder: Path, shards: dict) -> list:
+def _checked_entries(folder: Path, shards: dict, cfg: PairsConfig) -> list:
     "Manifest entries of the shards that are whole; a damaged one is deleted, so that it is regenerated."
     entries = []
     with remembered_digests(folder) as known:
         for name, seeds in shards.items():
+            _refuse_other_recipe(folder / name, cfg)  # one that another worker has written meanwhile
             try:
                 digest = shard_digest(folder / name, known, load_tensors)
             except UnreadableFileError:
@@ -147,7 +148,7 @@ def _finish(folder: Path, cfg: PairsConfig):
     if not all((folder / name).is_file() for name in shards):
         return None
     with _claim(folder, "manifest") as ours:
-        entries = _checked_entries(folder, shards) if ours else []
+        entries = _checked_entries(folder, shards, cfg) if ours else []
         if len(entries) < len(shards):
             return None
         evaluations = num_evaluations(cfg.num_steps, cfg.sampler)
@@ -226,9 +227,11 @@ def merge_pairs(folders, target) -> dict:
         the manifest
 
     Raises:
+        ConfigError: no folders
         FileError: the target is not empty; or the folders differ in recipe, share seeds, have none, or are damaged
     """
     target, parts = Path(target), [(Path(f), read_pairs_manifest(f)) for f in folders]
+    require(parts, "no folders to merge: name at least one")
     empty = not target.exists() or not any(target.iterdir())
     require(empty, f"{target}: not empty; name a new folder to merge into", FileError)
     _check_parts(parts)

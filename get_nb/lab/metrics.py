@@ -29,7 +29,7 @@ from torch_fidelity.utils import get_featuresdict_from_dataset
 from .classifier import load_classifier
 from .core import ConfigError, FileError, require, rng
 from .effnet import EffnetFeatures, effnet_distance, effnet_size, is_effnet
-from .files import atomic_path
+from .files import atomic_path, sha256_file
 from .images import check_bytes, to_float
 from .weights import read_weights
 
@@ -55,6 +55,7 @@ class _ClassifierFeatures(FeatureExtractorBase):
     def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
         super().__init__(name, features_list)
         self.model = load_classifier(feature_extractor_weights_path)
+        self.about = dict(weights=sha256_file(feature_extractor_weights_path))
         c = self.model.config
         self.shape = (c["channels"], c["image_size"], c["image_size"])
 
@@ -302,12 +303,14 @@ DISTANCES = 5 * 10**7  # held at a time by precision and recall: 0.2 GB, and fiv
 
 
 def _against_images(generated, reference, device) -> dict:
-    "kid, kid_std, precision and recall of two sets of features, (N, d) and (M, d)."
+    "kid, kid_std (None where a subset is the whole set), precision and recall of two sets of features, (N, d), (M, d)."
     a, b = generated, reference
-    kid = kid_features_to_metric(a, b, kid_subset_size=min(1000, len(a), len(b)), verbose=False)
+    size = min(1000, len(a), len(b))
+    kid = kid_features_to_metric(a, b, kid_subset_size=size, verbose=False)
     rows = min(10_000, DISTANCES // max(len(a), len(b)))  # 50,000 images need no matrix of 50,000 by 50,000
     near = prc_features_to_metric(a.to(device), b.to(device), save_cpu_ram=True, prc_batch_size=rows, verbose=False)
     mean, std = kid["kernel_inception_distance_mean"], kid["kernel_inception_distance_std"]
+    std = std if size < min(len(a), len(b)) else None
     return dict(kid=mean, kid_std=std, precision=near["precision"], recall=near["recall"])
 
 
@@ -332,7 +335,7 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
 
     Returns:
         fd; unless only_fd also fd_std (None with many features), inception_score, inception_score_std,
-        kid, kid_std, precision and recall (None without reference images)
+        kid, kid_std (None where a subset would be the whole set), precision and recall (None without reference images)
 
     Raises:
         ConfigError: a set has too few images or is not of bytes, the two differ in size or channels, or the
@@ -461,17 +464,20 @@ def nearest_training(images, train, device="cpu"):
         device: where distances are computed
 
     Returns:
-        index (N,), distance (N,), own (N,): distance of that training image to its nearest other; on the CPU
+        index (N,), distance (N,), own (N,): distance of that training image to the nearest that differs from it (a
+            picture that is there twice is no neighbour of itself); on the CPU
 
     Raises:
-        ConfigError: a set is not of bytes, they differ in size or channels, or there is one training image alone
+        ConfigError: a set is not of bytes, they differ in size or channels, or all training images are one
     """
     check_bytes("images", images)
     check_bytes("training images", train)
     own, other = (tuple(v.shape[1:]) for v in (images, train))
     require(own == other, f"images of {_size(own)} are not compared with training images of {_size(other)}")
-    require(len(train) > 1, "one training image has no nearest neighbour: at least two are needed")
-    a, b = (to_float(v).flatten(1).to(device) for v in (images, train))
+    rows = train.flatten(1).cpu().numpy()
+    first = torch.tensor(sorted({row.tobytes(): i for i, row in reversed([*enumerate(rows)])}.values()))
+    require(len(first) > 1, "one training image has no nearest neighbour: at least two that differ are needed")
+    a, b = (to_float(v).flatten(1).to(device) for v in (images, train[first.to(train.device)]))
     d, i = (torch.cat(v) for v in zip(*(torch.cdist(x, b).min(1) for x in a.split(2000))))
 
     def to_others(some):
@@ -481,7 +487,7 @@ def nearest_training(images, train, device="cpu"):
 
     asked, where = i.unique(return_inverse=True)  # of 60,000 training images few are the nearest of a sample
     own = torch.cat([to_others(some) for some in asked.split(2000)])
-    return i.cpu(), d.cpu(), own[where].cpu()
+    return first[i.cpu()], d.cpu(), own[where].cpu()
 
 
 def copy_share(images, train, device="cpu") -> float:

@@ -10,6 +10,7 @@ __all__ = ['SIZES', 'this_machine', 'measured_rates', 'price_table', 'price_stag
 # %% ../../nbs/lab/42_price.ipynb #60466be1
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +29,7 @@ from ..teachers import TEACHERS
 def _rate_of(record: dict):
     "What a record says about the speed of its machine: (kind of work, FLOP/s), or None."
     unet = record.get("name") in TEACHERS or record.get("kind") == "teacher"
-    network = "unet" if unet or record.get("family") in ("kd", "pd", "gdd") else "transformer"
+    network = "unet" if unet or record.get("family") in ("kd", "pd", "cd", "gdd", "meanflow") else "transformer"
     if record.get("train_tflop") and record.get("seconds"):
         return f"train {network}", 1e12 * record["train_tflop"] / record["seconds"]
     if record.get("gmac") and record.get("ms_per_image"):
@@ -96,33 +97,44 @@ def _cells(values: dict, keys) -> dict:
     return {k: dict(value=values[k]) for k in keys if k in values}
 
 # %% ../../nbs/lab/42_price.ipynb #2e83e6fe
+def _with_threads(machine: str, stage) -> str:
+    "The name of a processor with the threads of a stage, where it says how many; a GPU's name as it is."
+    threads = stage.params.get("threads")
+    return re.sub(r", \d+ threads$", f", {threads} threads", machine) if threads else machine
+
+
 def price_table(stages: dict, rates: dict, machine: str) -> dict:
     """What the stages of a profile take on one machine; those that cost next to nothing are left out.
 
     Args:
         stages: name -> Stage
         rates: of `measured_rates`
-        machine: key of rates; any other name means not measured
+        machine: key of rates; any other name means not measured. A processor's stands for each stage's own threads
 
     Returns:
         dict of title, columns, rows, notes, as `table_markdown` takes it
     """
     data = next((s.params["data"] for s in stages.values() if "data" in s.params), "")
     costs = {s.name: c for s in stages.values() if (c := stage_cost(s, stages, data))}
-    speed, rows, hours = rates.get(machine, {}), [], []
+    used, rows, hours = {}, [], []
     for name, c in costs.items():
+        where = _with_threads(machine, stages[name])
+        speed = rates.get(where, {})
         known = c["kind"] in speed
+        if known:
+            used[c["kind"], where] = speed[c["kind"]]
         hours.append(c["pflop"] * 1e15 / speed[c["kind"]][0] / 3600 if known else None)
         shown = dict(value=hours[-1]) if known else "not measured"
         rows.append(dict(stage=name, hours=shown, **_cells(c, (*_SUMMED, "memory_gb"))))
     total = {k: sum(c.get(k, 0) for c in costs.values()) for k in _SUMMED}
-    whole = dict(value=sum(hours)) if speed and None not in hours else "not measured"
+    whole = dict(value=sum(hours)) if hours and None not in hours else "not measured"
     rows.append(dict(stage="all", hours=whole, **_cells(total, _SUMMED)))
     notes = [
-        f"{kind}: {v[0] / 1e9:,.1f} GFLOP/s, from results/{v[1]}; another size of network reaches another rate"
-        for kind, v in sorted(speed.items())
+        f"{kind}: {v[0] / 1e9:,.1f} GFLOP/s on {where}, from results/{v[1]}; another size of network reaches another rate"
+        for (kind, where), v in sorted(used.items())
     ] or [f"measured so far: {', '.join(rates) or 'nothing'}; get-nb publish adds what a run measures"]
-    return dict(title=f"Price on {machine}", columns=_columns(_STAGE_COLUMNS), rows=rows, notes=notes)
+    processor = re.sub(r", \d+ threads$", ", each stage with its own threads", machine)
+    return dict(title=f"Price on {processor}", columns=_columns(_STAGE_COLUMNS), rows=rows, notes=notes)
 
 
 def price_stages(stages: dict, rates: dict, machine: str) -> str:
@@ -184,7 +196,7 @@ def _read_record(path: Path) -> dict:
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["device"] != "cuda":
         raise FileError(f"{path}: measured on {record['device']}, a price needs a GPU's record")
-    out = dict(peak=record["peaks"]["bf16"])
+    out = dict(peak=record["peaks"]["bf16"], batch=record["config"]["batch_size"])
     for task in ("training", "sampling"):
         rows = [r["share"] for r in record["rows"] if r["task"] == task and r["row"] in ("bf16", "compiled")]
         if rows:
@@ -205,7 +217,8 @@ def read_speeds(path=None) -> dict:
         path: record.json; None: the published one
 
     Returns:
-        dict of peak, training and sampling, fields of Assumptions; {} when none is published
+        dict of peak, training and sampling, fields of Assumptions, and the batch at which the two were measured; {} when
+        none is published
 
     Raises:
         FileError: no such record, or not one of a GPU
@@ -443,4 +456,8 @@ def paper_tables(gpus: tuple = (1, 8, 64), record=None, /, **given) -> dict:
 def _assumed(record, given: dict) -> tuple:
     "What is assumed, and what of it was measured."
     measured = {k: v for k, v in read_speeds(record).items() if k not in given}
+    batch = measured.pop("batch", None)
+    half = given.get("half_batch", Assumptions().half_batch)
+    for task in measured.keys() & {"training", "sampling"}:  # measured at a batch whose loss `predict` counts again
+        measured[task] = min(1.0, measured[task] * (batch + half) / batch)
     return build_config(Assumptions, {**measured, **given}, "price"), measured

@@ -37,12 +37,12 @@ def untimed(table: dict) -> dict:
 
 
 def _cell_values(table: dict) -> dict:
-    "The plain values of a table, (row, column) -> value; a row is named by its first column."
+    "The plain values of a table, (row, column) -> value; a row is named by its number and its first column."
     first = table["columns"][0]["key"]
     values = {}
-    for row in table["rows"]:
+    for i, row in enumerate(table["rows"], 1):
         for key, v in row.items():
-            values[str(row.get(first)), key] = v.get("value") if isinstance(v, dict) else v
+            values[f"{i}, {row.get(first)}", key] = v.get("value") if isinstance(v, dict) else v
     return values
 
 
@@ -186,6 +186,8 @@ def _publish_page(stage: Stage, runs: Path, new: Path, root: Path, name: str) ->
 def _publish_stage(stage: Stage, runs: Path, new: Path, root: Path, name: str) -> dict:
     "Copy what is public of one stage; -> its entry in the manifest."
     stamp, target = read_stamp(runs / stage.name), new / _public_folder(stage)
+    if not stage.draws:
+        shutil.rmtree(target, ignore_errors=True)  # a record that is published again brings all of its files
     target.mkdir(parents=True, exist_ok=True)
     public = [target / f for f in stamp["outputs"] if stage.draws or is_record(f)]
     for path in public:

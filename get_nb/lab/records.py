@@ -66,6 +66,7 @@ def save_record(folder, values: dict, **arrays) -> dict:
     record = dict(values, stage=folder.name, provenance=provenance())
     if not is_main():
         return record
+    (folder / "record.npz").unlink(missing_ok=True)  # arrays of an earlier record
     if arrays:
         np.savez_compressed(folder / "record.npz", **arrays)
     (folder / "record.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -11,13 +11,15 @@ import ast
 import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import get_nb
-from .core import FileError
+from .core import FileError, in_clone
 from .files import sha256_file
 from .parameters import code_cells, declared_parameters
 from .profiles import WIRING, Stage
+from .shipped import shipped_folder, shipped_names
 
 # %% ../../nbs/lab/37_stages.ipynb #aab03cba
 def _canonical(node):
@@ -237,6 +239,28 @@ def record_hashes(stage: Stage, records: Path) -> dict:
     return {f"{p.parent.name}/{p.name}": sha256_file(p) for p in files}
 
 # %% ../../nbs/lab/37_stages.ipynb #43de4e93
+_ON_DISK = ("data", "file", "source")  # parameters that may name what lies outside of the runs
+_LARGE = 64 * 2**20  # bytes: a larger file is known by its size and time
+
+
+def _digest(path: Path) -> str:
+    "What one file holds; of a large one, its size and time."
+    s = path.stat()
+    return sha256_file(path) if s.st_size <= _LARGE else f"{s.st_size} bytes, {s.st_mtime_ns}"
+
+
+def _content(key: str, given) -> str:
+    "One hash of what a parameter names on disk: pictures, a released file or pairs, shipped weights; else empty."
+    if not isinstance(given, str) or (key == "data" and not given.startswith("folder:")):
+        return ""
+    path = in_clone(Path(re.sub(r"@\d+$", "", given.removeprefix("folder:"))).expanduser())
+    if key == "file" and given in shipped_names() and not path.exists():
+        path = shipped_folder() / given
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
+    found = [(p.relative_to(path).as_posix(), _digest(p)) for p in files]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest() if found else ""
+
+
 def stage_key(stage: Stage, runs: Path, inputs: dict = None) -> dict:
     """Everything that decides a stage's result.
 
@@ -250,6 +274,7 @@ def stage_key(stage: Stage, runs: Path, inputs: dict = None) -> dict:
     """
     published = stage.notebook.parent / "published.yaml"
     extra = {"published.yaml": sha256_file(published)} if stage.draws and published.is_file() else {}
+    extra |= {f"content of {k}": c for k in _ON_DISK if (c := _content(k, stage.params.get(k)))}
     read = _input_hashes(stage, runs) if inputs is None else inputs
     params = {k: v for k, v in stage.params.items() if k not in WIRING}
     return dict(code=code_hashes(stage.notebook), params=params, rows=stage.rows, inputs=read | extra)

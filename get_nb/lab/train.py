@@ -19,7 +19,7 @@ import torch
 from .core import autocast, is_main, progress, seed_everything
 from .core import require_callable, require_config, require_model
 from .schedule import TrainConfig, ema_decay, ema_update, learning_rate, shares
-from .state import Method, Run, TrainingError, last_good, load_state, save_state, start_run
+from .state import Diverged, Method, Run, TrainingError, last_good, load_state, save_state, start_run
 
 # %% ../../nbs/lab/12_train.ipynb #1307b9ed
 def make_optimizer(network, cfg: TrainConfig, fused: bool = True):
@@ -165,7 +165,7 @@ def _is_bad(run: Run, scalars: dict, norms: list) -> bool:
     if not all(map(math.isfinite, numbers)):
         return True
     name, loss = next(iter(scalars.items()))
-    top = max(run.curve.get(name, []), default=math.inf)
+    top = max(map(abs, run.curve.get(name, [])), default=math.inf)  # a log-likelihood is negative
     return bool(run.cfg.explode) and loss > run.cfg.explode * top
 
 
@@ -201,10 +201,10 @@ def _roll_back(run: Run, step: int, said: str):
     "Stop at a bad step, or go back to the last checkpoint and leave that step out."
     message = f"{run.desc}: {said} at step {step}; {last_good(run.folder)}"
     if run.cfg.on_bad == "stop" or len(run.skipped) >= 10:
-        raise TrainingError(f"{message}. Lower lr, or set clip")
+        raise Diverged(f"{message}. Lower lr, or set clip")
     skipped = [*run.skipped, step]
     if not load_state(run):
-        raise TrainingError(f"{message}: nothing to go back to. Start again")
+        raise Diverged(f"{message}: nothing to go back to. Start again")
     run.skipped = skipped
     if is_main():
         print(f"{message}. Back at step {run.step}; step {step} will be left out", file=sys.stderr)
