@@ -119,7 +119,7 @@ class Projection(nn.Module):
 
 # %% ../nbs/44_discriminator.ipynb #3af516b9
 class Head(nn.Module):
-    """The logits of one scale (Projected GAN's head, with the class term of Miyato & Koyama 2018).
+    """The logits of one scale, each of a whole map (after Projected GAN's head and Miyato & Koyama 2018).
 
     Args:
         dim: channels of the map
@@ -153,7 +153,7 @@ class Head(nn.Module):
             (B,)
         """
         h = self.body(m)
-        logit = self.logit(h).flatten()  # psi(phi)
+        logit = self.logit(h).flatten()  # psi(h)
         if self.classes is None:
             return logit
         phi = self.whole(h).flatten(1)  # (B, width)

@@ -62,7 +62,8 @@ def normal_from_noise(noise, shape, seed: int):
 # %% ../nbs/25_equilibrium.ipynb #af4c29d2
 @config
 class EquilibriumConfig(GETConfig):
-    """Size of a GET and how it finds its state; the defaults are the released model's.
+    """Size of a GET and how it finds its state; the defaults are the released model's, but for the start's source and
+    that each image stops on its own.
 
     Attributes:
         tol: residual at which an image stops; None: never

@@ -16,7 +16,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 
 from .lab.capture import Graphs
-from .lab.core import config, require, send, torch_rng
+from .lab.core import config, nearest, require, send, torch_rng
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices
 from .lab.train import train
@@ -72,7 +72,7 @@ def two_step_target(teacher, x, levels, labels=None, solver: str = "ddim"):
     Args:
         teacher: D(x; sigma, labels)
         x: image plus noise, float64 (B, C, H, W)
-        levels: three noise levels, each scalar or (B, 1, 1, 1): of x, after one teacher step, after two
+        levels: three noise levels, tensors () or (B, 1, 1, 1): of x, after one teacher step, after two
         labels: int64 (B,) or None
         solver: how the teacher steps, "ddim" or "heun"
 
@@ -94,7 +94,12 @@ def snr_weight(sigma, kind: str):
 
     Returns:
         tensor, like sigma, at least 1
+
+    Raises:
+        ConfigError: an unknown kind
     """
+    known = ("truncated", "v")
+    require(kind in known, f"unknown weight {kind!r}{nearest(kind, known)}")
     snr = 1 / sigma**2
     return snr.clamp(min=1.0) if kind == "truncated" else snr + 1
 

@@ -9,11 +9,11 @@ __all__ = ['TAPS', 'resampling_filter', 'resample', 'Conv', 'UNetBlock', 'UNetCo
 from typing import Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 from torch.nn import functional as F
 
-from .lab.core import Fraction, Ints, config
+from .lab.core import Fraction, Ints, config, require
 from .lab.images import check_tensor
 from .lab.kernels import GroupNorm
 from .precond import FourierEmbedding, PositionalEmbedding
@@ -40,9 +40,9 @@ def resample(x, f, up: bool, pad: int):
 
     Args:
         x: (B, C, H, W)
-        f: filter (1, 1, n, n)
+        f: filter (1, 1, n, n), n even; of two taps the box alone
         up: double the resolution; else halve it
-        pad: zero padding of x, in pixels; (n - 1) // 2 keeps the size exactly double or half
+        pad: zero padding of x, in pixels; (n - 1) // 2 makes the size exactly double or half
 
     Returns:
         (B, C, 2H, 2W) or (B, C, H/2, W/2)
@@ -172,7 +172,7 @@ class UNetConfig:
     attention: Ints = (16,)
     dropout: Fraction = 0.13
     variant: Literal["ddpmpp", "ncsnpp"] = "ddpmpp"
-    augment_dim: int = 0
+    augment_dim: NonNegativeInt = 0
     sigma_data: PositiveFloat = 0.5
 
 # %% ../nbs/11_unet.ipynb #7b356bcc
@@ -247,6 +247,7 @@ class UNet(nn.Module):
         if classes is not None:
             emb = emb + self.map_label(classes * classes.shape[1] ** 0.5)
         if augment is not None:
+            require(hasattr(self, "map_augment"), "augment: this network was made without (augment_dim = 0)")
             emb = emb + self.map_augment(augment)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 

@@ -219,8 +219,6 @@ def evaluate_checkpoint(
     _refuse_misfits(model, path, sources, statistics, unconditional or steps)
     networks = [load_features(f, device) for f in sources]
     kinds = [n.kind for n in networks]
-    apart = not {"effnet", "inception"} <= {*kinds}
-    require(apart, "FID is measured against all images, FD-effnet against 10,000: ask for one of them at a time")
     most = _SAMPLES["effnet"] if "effnet" in kinds else 0
     name, train, test = load_references(_shape_of(model), data, statistics or {}, path, most)
     cfg = EvalConfig(
@@ -242,6 +240,8 @@ def _refuse_misfits(model, path, sources: list, statistics, teachers_only):
     for source in sources:
         if source != "inception" and not is_effnet(source):
             _load_kind(source, ("classifier",), "not a classifier")
+    apart = "inception" not in sources or not any(map(is_effnet, sources))
+    require(apart, "FID is measured against all images, FD-effnet against 10,000: ask for one of them at a time")
     several = f"statistics are of one network's features, {len(sources)} are asked for"
     require(len(sources) == 1 or not any((statistics or {}).values()), several)
     reason = f"a {c['name']} takes neither --steps nor --unconditional"

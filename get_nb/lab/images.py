@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['to_uint8', 'to_float', 'ImageSet', 'describe', 'check_sizes', 'readable', 'check_labels', 'check_tensor',
-           'check_bytes', 'check_finite', 'finite_bytes', 'flip_some']
+           'check_bytes', 'content_key', 'check_finite', 'finite_bytes', 'flip_some']
 
 # %% ../../nbs/lab/01_images.ipynb #7af22f75
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -206,6 +207,23 @@ def check_bytes(name: str, images):
     """
     fits = isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.ndim == 4 and len(images)
     require(fits, f"{name} must be uint8 (N, C, H, W), as to_uint8 makes them, not {describe(images)}")
+
+# %% ../../nbs/lab/01_images.ipynb #d718708b
+def content_key(what: str, images) -> str:
+    """What identifies a set of images: a digest of their bytes and shape.
+
+    Args:
+        what: to call them in a message
+        images: uint8 (N, C, H, W)
+
+    Returns:
+        sha256, in hexadecimal
+
+    Raises:
+        ConfigError: they are no bytes
+    """
+    check_bytes(what, images)
+    return hashlib.sha256(images.cpu().numpy().tobytes() + str(tuple(images.shape)).encode()).hexdigest()
 
 # %% ../../nbs/lab/01_images.ipynb #d86b8df3
 def _number_list(numbers, most: int = 5) -> str:

@@ -130,7 +130,7 @@ def price_table(stages: dict, rates: dict, machine: str) -> dict:
     whole = dict(value=sum(hours)) if hours and None not in hours else "not measured"
     rows.append(dict(stage="all", hours=whole, **_cells(total, _SUMMED)))
     notes = [
-        f"{kind}: {v[0] / 1e9:,.1f} GFLOP/s on {where}, from results/{v[1]}; another size of network reaches another rate"
+        f"{kind}: {v[0] / 1e9:,.1f} GFLOP/s on {where}, from results/{v[1]}; another size reaches another rate"
         for (kind, where), v in sorted(used.items())
     ] or [f"measured so far: {', '.join(rates) or 'nothing'}; get-nb publish adds what a run measures"]
     processor = re.sub(r", \d+ threads$", ", each stage with its own threads", machine)
@@ -196,11 +196,12 @@ def _read_record(path: Path) -> dict:
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["device"] != "cuda":
         raise FileError(f"{path}: measured on {record['device']}, a price needs a GPU's record")
-    out = dict(peak=record["peaks"]["bf16"], batch=record["config"]["batch_size"])
+    out, batch = dict(peak=record["peaks"]["bf16"]), record["config"]["batch_size"]
+    large = (batch + Assumptions().half_batch) / batch
     for task in ("training", "sampling"):
         rows = [r["share"] for r in record["rows"] if r["task"] == task and r["row"] in ("bf16", "compiled")]
         if rows:
-            out[task] = min(1.0, max(rows))
+            out[task] = min(1.0, max(rows) * large)
     return out
 
 
@@ -217,8 +218,8 @@ def read_speeds(path=None) -> dict:
         path: record.json; None: the published one
 
     Returns:
-        dict of peak, training and sampling, fields of Assumptions, and the batch at which the two were measured; {} when
-        none is published
+        dict of peak, training and sampling, fields of Assumptions; {} when none is published. The shares are those at
+        large batches: `predict` counts what a small batch loses
 
     Raises:
         FileError: no such record, or not one of a GPU
@@ -456,8 +457,4 @@ def paper_tables(gpus: tuple = (1, 8, 64), record=None, /, **given) -> dict:
 def _assumed(record, given: dict) -> tuple:
     "What is assumed, and what of it was measured."
     measured = {k: v for k, v in read_speeds(record).items() if k not in given}
-    batch = measured.pop("batch", None)
-    half = given.get("half_batch", Assumptions().half_batch)
-    for task in measured.keys() & {"training", "sampling"}:  # measured at a batch whose loss `predict` counts again
-        measured[task] = min(1.0, measured[task] * (batch + half) / batch)
     return build_config(Assumptions, {**measured, **given}, "price"), measured

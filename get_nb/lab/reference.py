@@ -16,7 +16,8 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from .core import FileError, require, require_whole, torch_rng
 from .files import load_tensors, save_tensors
 from .images import ImageSet
-from .metrics import content_key, frechet
+from .images import content_key
+from .metrics import frechet
 
 # %% ../../nbs/lab/14b_reference.ipynb #2ee51ad8
 def reference_set(data: ImageSet, n: int = 0) -> ImageSet:

@@ -72,7 +72,7 @@ OPERATION = {"accumulate", "compile", "on_bad", "explode", "checkpoint_every", "
 
 # %% ../../nbs/lab/10_schedule.ipynb #dfd5b763
 def learning_rate(step: int, cfg: TrainConfig) -> float:
-    """Learning rate of a step: linear warm-up, then constant, or linear or cosine decay towards zero, which the step after the last would have.
+    """Learning rate of a step: warm-up, then constant, or linear or cosine decay to zero just after the last step.
 
     Args:
         step: from 0
