@@ -82,7 +82,7 @@ def _hours_of(root: Path, profile: str) -> str:
         row = dict(group=name or ("shared" if len(groups) > 1 else "all"), stages=dict(value=len(entries)))
         row |= dict(hours=dict(value=hours), busy=dict(value=busy))
         rows.append(row | dict(machine="; ".join(sorted({_machine(e) for e in entries}))))
-    labels = dict(group="group", stages="stages", hours="hours, one stage after another", busy="times its threads")
+    labels = dict(group="group", stages="stages", hours="hours, one stage after another", busy="core-hours")
     columns = [Column(key=k, label=v, digits=0 if k == "stages" else 2) for k, v in labels.items()]
     columns.append(Column(key="machine", label="machine"))
     title = f"Hours and machines of profile {profile}"
