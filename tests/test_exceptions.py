@@ -80,7 +80,9 @@ def test_sets_of_too_few_images_have_no_distance(n, m, digit_features):
 def test_sets_just_large_enough_have_finite_distances(digit_features):
     g = torch.Generator().manual_seed(0)
     a, b = (torch.randint(0, 256, (FEWEST, 1, 8, 8), dtype=torch.uint8, generator=g) for _ in range(2))
-    assert all(v is not None and torch.isfinite(torch.tensor(v)) for v in compare(a, b, digit_features).values())
+    found = compare(a, b, digit_features)
+    assert found.pop("kid_std") is None  # a subset of few is the whole
+    assert all(v is not None and torch.isfinite(torch.tensor(v)) for v in found.values())
 
 
 def test_sets_of_one_image_repeated_have_a_distance(digit_features):

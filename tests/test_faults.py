@@ -109,7 +109,7 @@ def test_a_nan_loss_stops_the_stage_and_names_step_and_checkpoint(smoke, tmp_pat
         shutil.copytree(smoke[0] / "smoke" / stage, runs / stage)
     mine = profile(tmp_path, get=dict(lr=1e30, clip=0.0, warmup=0, checkpoint_every=1))
     done = get_nb("reproduce", "--profile", mine, "--runs", tmp_path / "runs", "--stage", "get")
-    says(done, 1, "stage get failed", "TrainingError", "loss", "at step", "last good checkpoint", "notebook.html")
+    says(done, 1, "stage get failed", "Diverged", "loss", "at step", "last good checkpoint", "notebook.html")
     assert not (runs / "get/stamp.json").exists() and (runs / "get/notebook.html").is_file()
 
 

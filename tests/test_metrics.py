@@ -95,10 +95,8 @@ def test_every_metric_is_torch_fidelity_s_own_on_the_same_folders_of_images(
         verbose=False,
     )
     assert ours["fd"] == theirs["frechet_inception_distance"] > 0
-    assert (ours["kid"], ours["kid_std"]) == (
-        theirs["kernel_inception_distance_mean"],
-        theirs["kernel_inception_distance_std"],
-    )
+    assert ours["kid"] == theirs["kernel_inception_distance_mean"]
+    assert ours["kid_std"] is None  # every subset of so few is the whole
     assert (ours["precision"], ours["recall"], ours["inception_score"]) == (
         theirs["precision"],
         theirs["recall"],

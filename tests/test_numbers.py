@@ -192,7 +192,7 @@ TYPED = {
         "repeats 57%": "test_the_shares_that_room_26_states_are_those_of_the_models",
         "repeats 56%": "test_the_shares_that_room_26_states_are_those_of_the_models",
         "repeats 30%": "test_the_shares_that_room_26_states_are_those_of_the_models",
-        "within 1%": '["GET-digits/2"] - 1) < 0.01',
+        "within 1%": "counts[get] - 1) < 0.01",
         "within 2%": '["GET-digits/2"] / 5 - 1) < 0.02',
     },
     "nbs/30_losses.ipynb": {"528 MB": CHOSEN},
