@@ -351,6 +351,7 @@ def _shipped_notes(stage: Path, meta: dict, evaluations: dict) -> dict:
     data = next((e["data"] for e in measured.values()), str(meta.get("data", "")).split("/")[0] or None)
     machine = ("threads", "device", "checkpoint_every", "probe_every", "compile")
     recipe = {k: v for k, v in params.items() if k not in machine} or meta
+    recipe |= {k: record[k] for k in ("lr", "steps") if k in recipe and k in record}  # a search may have found the rate
     return dict(data=data, recipe=recipe, parameters=record["parameters"], evaluations=measured)
 
 # %% ../../nbs/lab/40_publishing.ipynb #cc068ba3
