@@ -191,7 +191,13 @@ def front(app, error):
     (Path(app.outdir) / "index.html").write_text(text, encoding="utf-8")
 
 
+def front_page_again(app, env, added, changed, removed):
+    "The front page lists the others, so it is read again in every build: a new page may have come."
+    return [root_doc]
+
+
 def setup(app):
+    app.connect("env-get-outdated", front_page_again)
     app.connect("builder-inited", write_pages)
     app.connect("source-read", prepare)
     app.connect("autodoc-process-signature", plain_signature)
