@@ -36,6 +36,18 @@ def run_here(stage, parameters, folder, cwd):
     plt.close("all")
 
 
+def run_profile_here(profile, runs, **environment):
+    "A whole profile, its notebooks in this process; -> its folder of runs."
+    with pytest.MonkeyPatch.context() as m:
+        for name, value in (dict(GET_NB_PROGRESS="off", MPLBACKEND="Agg") | environment).items():
+            m.setenv(name, value)
+        m.setattr(pipeline, "execute", run_here)
+        threads = torch.get_num_threads()
+        folder = pipeline.run_profile(ROOT, str(profile), runs=runs)
+        torch.set_num_threads(threads)
+    return folder
+
+
 def small_profile(path, files):
     "The paper's profile, every stage of it, with small numbers, made-up files, and the unconditional pairs imported."
     spec = copy.deepcopy(PAPER)
@@ -78,15 +90,7 @@ def paper(tmp_path_factory):
         )
     released.write_pairs(tmp / "data/pairs", ["11", "7", "103"], 8, 0, (3, 32, 32))
     small_profile(tmp / "paper.yaml", tmp / "data")
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("GET_NB_DATA", str(tmp / "data"))
-        m.setenv("GET_NB_PROGRESS", "off")
-        m.setenv("MPLBACKEND", "Agg")
-        m.setattr(pipeline, "execute", run_here)
-        threads = torch.get_num_threads()
-        folder = pipeline.run_profile(ROOT, str(tmp / "paper.yaml"), runs=tmp / "runs")
-        torch.set_num_threads(threads)
-    return folder
+    return run_profile_here(tmp / "paper.yaml", tmp / "runs", GET_NB_DATA=str(tmp / "data"))
 
 
 def test_every_stage_of_the_paper_runs_from_imported_teachers_and_pairs_to_tables(paper):

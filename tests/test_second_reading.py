@@ -53,6 +53,8 @@ def test_other_pictures_in_the_same_folder_are_another_key(tmp_path):
     stage = stage_of("classifier", data=f"folder:{tmp_path}/pics@8")
     first = stage_key(stage, tmp_path)
     assert stage_key(stage, tmp_path) == first
+    (tmp_path / "pics/.DS_Store").write_bytes(b"no data")
+    assert stage_key(stage, tmp_path) == first
     picture(tmp_path / "pics/a/0.png", 9)  # another picture under the same name
     second = stage_key(stage, tmp_path)
     picture(tmp_path / "pics/a/9.png", 0)  # one more

@@ -7,7 +7,6 @@ import torch
 import yaml
 
 from conftest import ROOT
-from get_nb.lab import pipeline
 from get_nb.lab.checkpoints import load_checkpoint
 from get_nb.lab.core import ConfigError, FileError
 from get_nb.lab.costs import stage_cost, teacher_of
@@ -15,7 +14,7 @@ from get_nb.lab.files import sha256_file
 from get_nb.lab.imports import import_file
 from get_nb.lab.profiles import load_profile
 from get_nb.lab.shipped import find_checkpoint
-from test_paper import run_here
+from test_paper import run_profile_here
 
 SEARCH = dict(model="GET-digits/2", steps=8, samples=30, batch_size=4, lrs=[0.001, 0.002], n_iter=2, checkpoint_every=2)
 SPEC = dict(
@@ -26,7 +25,8 @@ SPEC = dict(
         teacher=dict(notebook="import_teacher", params=dict(file="digits-teacher", num_steps=2)),
         pairs=dict(inputs=dict(teacher="teacher"), params=dict(n=16, num_steps=2, shard_size=8, batch_size=8)),
         search=dict(
-            inputs=dict(pairs="pairs", classifier="classifier"), params=SEARCH | dict(share=0.25, confirm=False, extend=0)
+            inputs=dict(pairs="pairs", classifier="classifier"),
+            params=SEARCH | dict(share=0.25, confirm=False, extend=0),
         ),
         table_search=dict(rows=dict(GET=["search"])),
     ),
@@ -38,13 +38,7 @@ def runs(tmp_path_factory):
     "Runs folder of a profile whose teacher is the shipped one."
     tmp = tmp_path_factory.mktemp("shipped teacher")
     (tmp / "mine.yaml").write_text(yaml.safe_dump(SPEC, sort_keys=False), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("MPLBACKEND", "Agg")
-        m.setattr(pipeline, "execute", run_here)
-        threads = torch.get_num_threads()
-        folder = pipeline.run_profile(ROOT, str(tmp / "mine.yaml"), runs=tmp / "runs")
-        torch.set_num_threads(threads)
-    return folder
+    return run_profile_here(tmp / "mine.yaml", tmp / "runs")
 
 
 def test_the_copy_of_a_shipped_teacher_is_the_teacher_and_names_the_file_that_it_comes_from(runs):
@@ -91,7 +85,10 @@ def test_a_file_is_preferred_to_a_shipped_name_and_a_misspelt_name_is_one_line(t
     assert "10 classes" in import_file("digits-teacher", "copy.safetensors")
     with pytest.raises(ConfigError, match="is there already"):
         import_file("digits-teacher", "copy.safetensors")
-    with pytest.raises(FileError, match="^digits-teecher: no such file; did you mean 'digits-teacher'"):
+    with pytest.raises(
+        FileError,
+        match="^digits-teecher: no such file, and no shipped weights of that name; did you mean 'digits-teacher'",
+    ):
         import_file("digits-teecher", "other.safetensors")
     (tmp_path / "digits-teacher").write_bytes(b"no weights")
     with pytest.raises(FileError, match="^digits-teacher: neither a released GET"):

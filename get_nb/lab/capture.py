@@ -13,10 +13,8 @@ def _recorded(work):
     "Capture what `work` starts on the GPU -> what it returned, and a function that starts all of it again."
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
-    with (
-        torch.random.fork_rng([torch.cuda.current_device()]),
-        torch.cuda.stream(aside),
-    ):  # no number of the step is drawn
+    here = [torch.cuda.current_device()]
+    with torch.random.fork_rng(here), torch.cuda.stream(aside):  # the step's random numbers are not drawn yet
         for _ in range(3):
             work()  # libraries choose their kernels and take their memory
     torch.cuda.current_stream().wait_stream(aside)

@@ -14,7 +14,7 @@ import torch
 
 from .archives import MAGIC, read_torch
 from .checkpoints import load_checkpoint
-from .core import ConfigError, FileError, nearest, progress, require_whole
+from .core import ConfigError, FileError, progress, require_whole
 from .diffusers import load_diffusers
 from .files import load_tensors, save_checkpoint, save_tensors, sha256_file, write_json
 from .released import finite_tensors, load_edm_pickle, load_reference_get
@@ -239,8 +239,8 @@ def recognise(path) -> str:
             f"{path}: a folder, but neither of released pairs (latent/, image/) nor a diffusers pipeline (unet/)"
         )
     if not path.is_file():
-        bare = not path.suffix and path.name == str(path)
-        raise FileError(f"{path}: no such file{nearest(str(path), shipped_names()) if bare else ''}")
+        find_checkpoint(path)  # names the shipped weights that may be meant
+        raise FileError(f"{path}: no such file")
     with open(path, "rb") as f:
         head = f.read(64)
     if head[:4] == b"PK\x03\x04" or MAGIC.to_bytes(10, "little") in head:

@@ -243,10 +243,10 @@ _ON_DISK = ("data", "file", "source")  # parameters that may name what lies outs
 _LARGE = 64 * 2**20  # bytes: a larger file is known by its size and time
 
 
-def _digest(path: Path) -> str:
-    "What one file holds; of a large one, its size and time."
-    s = path.stat()
-    return sha256_file(path) if s.st_size <= _LARGE else f"{s.st_size} bytes, {s.st_mtime_ns}"
+@functools.cache
+def _digest(path: Path, size: int, time: int) -> str:
+    "What one file holds, read once while it stays as it is; of a large one, its size and time."
+    return sha256_file(path) if size <= _LARGE else f"{size} bytes, {time}"
 
 
 def _content(key: str, given) -> str:
@@ -257,7 +257,9 @@ def _content(key: str, given) -> str:
     if key == "file" and given in shipped_names() and not path.exists():
         path = shipped_folder() / given
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
-    found = [(p.relative_to(path).as_posix(), _digest(p)) for p in files]
+    named = [(p.relative_to(path).as_posix(), p, p.stat()) for p in files]
+    hidden = re.compile(r"(^|/)\.")  # what begins with a dot is no data
+    found = [(n, _digest(p, s.st_size, s.st_mtime_ns)) for n, p, s in named if n == "." or not hidden.search(n)]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest() if found else ""
 
 

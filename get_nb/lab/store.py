@@ -96,13 +96,8 @@ def _arrays(folder, noise, image, labels) -> tuple:
     for name, value in (("noise", noise), ("image", image), ("labels", labels)):
         fits = hasattr(value, "__array__") or (name == "labels" and value is None)
         require(fits, f"{folder}: {name} must be a tensor or an array, not {describe(value)}", FileError)
-    for name, value in (("noise", noise), ("image", image), ("labels", labels)):
-        kind = getattr(getattr(value, "dtype", None), "kind", "f")  # of a numpy array
-        require(
-            kind in "fiub",
-            f"{folder}: {name} must hold numbers, not {value.dtype}" if kind not in "fiub" else "",
-            FileError,
-        )
+        kind = getattr(getattr(value, "dtype", None), "kind", "f")  # numpy has one for every type
+        require(kind in "fiub", f"{folder}: {name} must hold numbers, not {describe(value)}", FileError)
     noise, image = torch.as_tensor(noise), torch.as_tensor(image)
     floating = noise.ndim and noise.is_floating_point() and image.is_floating_point()
     advice = "image around [-1, 1], as to_float makes it of bytes"
