@@ -48,9 +48,12 @@ def explore(draw, **choices):
         print(f"To choose {names} here, install ipywidgets (pip install ipywidgets) and run the page again.")
         return
 
+    grad = torch.is_grad_enabled()
+
     @functools.wraps(draw)  # its signature tells where the controls begin
     def redraw(**values):
-        fig = draw(**values)
+        with torch.set_grad_enabled(grad):
+            fig = draw(**values)
         display(fig)
         plt.close(fig)
 

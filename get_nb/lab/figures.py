@@ -102,7 +102,7 @@ def show_images(images, labels=(), captions=(), title: str = "", size: int = 60,
     """
     import matplotlib.pyplot as plt
 
-    images = np.asarray(images)
+    images = np.asarray(images.detach().cpu() if hasattr(images, "detach") else images)
     rows, columns, _, h, w = images.shape
     if ax is None:
         fig, ax = plt.subplots(figsize=(columns * size / 100, rows * size * h / w / 100))  # 100 dots per inch
