@@ -27,14 +27,18 @@ from .lab.train import descend, make_optimizer, train_method, whole_batch, windo
 INNATE = ("conv0", "conv1", "proj")  # kinds of layers that GDD-I freezes
 
 
-def freeze_innate(model) -> None:
+def freeze_innate(model, shuffle: bool = False) -> None:
     """Freeze a denoiser's block convolutions and attention projections (GDD-I).
 
     Args:
         model: denoiser or one-step generator, changed in place
+        shuffle: put each frozen tensor's weights into a random order: their scale stays, what they have learnt goes
     """
     for name, p in model.named_parameters():
         p.requires_grad_(name.split(".")[-2] not in INNATE)
+        if shuffle and not p.requires_grad:
+            order = torch.randperm(p.numel(), generator=torch_rng("shuffle", name))
+            p.data = p.data.flatten()[order.to(p.device)].view_as(p)
 
 
 def parameters_by_kind(model) -> dict:
@@ -68,15 +72,13 @@ def layer_activations(denoiser, image, noise, labels, sigmas) -> dict:
     Returns:
         name of the layer -> root mean square of its output over its mean, (S,)
     """
-    rms, hooks = {}, []
-    for name, layer in denoiser.named_modules():
-        if not isinstance(layer, (nn.Conv2d, nn.Linear)):
-            continue
+    rms = {}
 
-        def hook(module, args, out, name=name):
-            rms.setdefault(name, []).append(out.float().square().mean().sqrt())
+    def note(name):
+        return lambda module, args, out: rms.setdefault(name, []).append(out.float().square().mean().sqrt())
 
-        hooks.append(layer.register_forward_hook(hook))
+    layers = (x for x in denoiser.named_modules() if isinstance(x[1], nn.Conv2d | nn.Linear))
+    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers]
     for sigma in sigmas:
         denoiser(image + sigma * noise, sigma, labels)
     for hook in hooks:
