@@ -342,7 +342,7 @@ def floor_note(read: dict, samples: int = 0) -> list:
     return [
         f"Floor: {r['samples']:,} held-out images against {r['references']['train']:,} training images."
         + (
-            f" Its first distance is that of {samples:,} held-out images."
+            f" Its first distance is that of {samples:,} held-out images, the other columns are of all."
             if floor_point(r, samples) is not None
             else ""
         )
@@ -369,14 +369,17 @@ def total_cell(records: list, what: str) -> dict:
         what: "images", "evaluations" or "tflop"
 
     Returns:
-        a cell {value, source, sum}; a record without such a cost adds nothing
+        a cell {value, source, sum}; a record without such a cost adds nothing, but for imported pairs, whose cost
+        nobody counted: then value is None
     """
     found = []
     for r in records:
         keys = [k for k in _COSTS[what] if k in r]
         if keys:
             found.append((r, keys[0]))
-    return dict(value=sum(r[k] for r, k in found), source=[f"{r['stage']}:{k}" for r, k in found], sum=True)
+    unknown = what != "images" and any(r.get("imported") for r in records)
+    total = None if unknown else sum(r[k] for r, k in found)
+    return dict(value=total, source=[f"{r['stage']}:{k}" for r, k in found], sum=True)
 
 # %% ../../nbs/lab/21_report.ipynb #b9c743ba
 def compare_cells(a: dict, b: dict) -> str:
