@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the library is importe
 os.environ.setdefault("GET_NB_CHOICES", "first")  # what is timed differs from run to run
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-c", "from get_nb.lab.cli import main; main()"]
+
+
+def until(ready, process=None, seconds=120):
+    "Wait until `ready()` is true, as long as the process lives and the time lasts."
+    end = time.time() + seconds
+    while not ready():
+        assert process is None or process.poll() is None, "the process ended before it was ready"
+        assert time.time() < end, f"not ready after {seconds} s"
+        time.sleep(0.005)
 
 
 def get_nb(*args, **kw):

@@ -8,12 +8,13 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 
-from conftest import COMMAND, ROOT, get_nb, traced_cells
+from conftest import COMMAND, ROOT, get_nb, traced_cells, until
 from get_nb.lab.publishing import compare_table
 from get_nb.lab.profiles import demo_clone, load_profile
 from get_nb.lab.stages import code_hashes, imported_modules, stage_outputs
@@ -73,6 +74,20 @@ def test_a_missing_output_runs_its_stage_again_and_nothing_that_does_not_change(
     assert "evaluate_get: up to date" in done.stdout  # the student came out the same, bit for bit
 
 
+def children(process):
+    "The pids of a process's children: the kernels of its stages."
+    lines = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in lines if int(line.split()[1]) == process.pid]
+
+
+def running(pid):
+    "Is there such a process, and has it not ended?"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def kill_when(args, ready):
     "Start the command in its own process group; kill -9 all of it as soon as ready() is true."
     process = subprocess.Popen(
@@ -83,15 +98,8 @@ def kill_when(args, ready):
         start_new_session=True,
         env=dict(os.environ, OMP_NUM_THREADS="1"),
     )
-
-    def children():
-        return subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.split("\n")
-
-    while process.poll() is None and not ready():
-        time.sleep(0.002)
-    assert process.poll() is None, "the stage ended before it could be killed"
-    kernels = [int(line.split()[0]) for line in children() if line and int(line.split()[1]) == process.pid]
-    for pid in [process.pid, *kernels]:
+    until(ready, process)
+    for pid in [process.pid, *children(process)]:
         os.kill(pid, signal.SIGKILL)
     process.wait()
 
@@ -141,10 +149,8 @@ def test_a_kernel_that_dies_is_one_line_and_the_run_goes_on_from_there(smoke, tm
         text=True,
         env=dict(os.environ, OMP_NUM_THREADS="1"),
     )
-    while not any(folder.glob("state/step-*.safetensors")):
-        time.sleep(0.002)
-    lines = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.splitlines()
-    for pid in [int(x.split()[0]) for x in lines if int(x.split()[1]) == process.pid]:
+    until(lambda: any(folder.glob("state/step-*.safetensors")), process)
+    for pid in children(process):
         os.kill(pid, signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert (
@@ -287,12 +293,13 @@ def test_ctrl_c_ends_at_once_and_leaves_no_kernel(tmp_path):
     )
     while "running" not in process.stdout.readline():
         assert process.poll() is None
-    while not any(root.glob("runs/demo/square_3/kernel.log")):
-        time.sleep(0.01)
-    time.sleep(3)
+    until(lambda: children(process), process)
+    (kernel,) = children(process)
+    began = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == 130 and "Traceback" not in err and time.monotonic() - began < 10
+    until(lambda: not running(kernel), seconds=10)
     assert not (root / "runs/demo/square_3/stamp.json").exists()
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import toy
+from conftest import until
 from get_nb.lab.core import ConfigError
 from get_nb.lab.core import FileError
 from get_nb.lab.files import load_tensors, save_tensors
@@ -87,8 +88,7 @@ def full_disk(size):
 
 def test_two_processes_take_the_steps_of_one_and_one_goes_on_where_two_were_killed(alone, tmp_path):
     process = start(tmp_path, "pause=0.05", processes=2)  # two processes, stopped in the middle ...
-    while not checkpoints(tmp_path / "state"):
-        time.sleep(0.05)
+    until(lambda: checkpoints(tmp_path / "state"), process)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     stopped_at = int(checkpoints(tmp_path / "state")[0].stem[5:])

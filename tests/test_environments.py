@@ -258,7 +258,8 @@ def test_root_may_be_named_from_anywhere(tmp_path, command):
     root = demo_clone(tmp_path / "clone")
     words = [command, "--root", root, *([] if command == "doctor" else ["--profile", "demo"])]
     done = subprocess.run([*COMMAND, *words], cwd="/", env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True)
-    assert b"no get_nb clone" not in done.stdout + done.stderr and b"Traceback" not in done.stderr
+    assert done.returncode < 2 and b"no get_nb clone" not in done.stdout + done.stderr, done.stderr
+    assert done.stdout + done.stderr and b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("device, mac", [("mps", True), ("mps", False), ("auto", True)])

@@ -406,13 +406,14 @@ def test_no_method_is_graded_by_the_network_it_was_trained_against():
         )
 
 
-def test_the_families_that_are_compared_get_the_same_compute_and_three_rates_or_three_seeds():
+def test_the_families_that_are_compared_get_the_same_compute_and_four_rates_or_three_seeds():
     stages = load_profile(ROOT, "cpu-full")
-    assert len({stages[n].params["lr"] for n in ("kd_low", "kd_mid", "kd_high")}) == 3
+    assert len({stages[n].params["lr"] for n in ("kd_low", "kd_mid", "kd_high", "kd_top")}) == 4
     compared = [t for row in stages["table_6_families"].rows.values() for t in row.get("training", [])]
     methods = ("kd", "progressive", "consistency", "meanflow", "gdd")
     equal = [t for t in compared if stages[t].notebook.stem in methods]
-    assert {stages[t].params["tflop"] for t in equal} == {11.0} and len(equal) == 19
+    assert {stages[t].params["tflop"] for t in equal} == {11.0}
+    assert {stages[t].notebook.stem for t in equal} == set(methods)
     for method in ("progressive", "consistency", "meanflow", "gdd_i", "hybrid"):
         assert [stages[f"{method}_{s}"].params["seed"] for s in (0, 1, 2)] == [0, 1, 2]
     assert [stages[f"hybrid_{s}"].inputs["student"] for s in (0, 1, 2)] == ["get_0", "get_1", "get_2"]

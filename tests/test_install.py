@@ -22,6 +22,9 @@ for n in get_nb.__all__: getattr(get_nb, n)
 model = get_nb.create_model("GET-digits/2", image_size=8, channels=1)
 import torch
 assert model(torch.zeros(2, 1, 8, 8)).shape == (2, 1, 8, 8)
+assert get_nb.load_checkpoint("digits-get").config["name"] == "GET-digits/2"
+from get_nb.lab.shipped import verify_shipped
+verify_shipped()
 from get_nb.lab.cli import main
 try: main(["--help"])
 except SystemExit as e: assert not e.code

@@ -4,12 +4,12 @@ import json
 import os
 import random
 import shutil
-import time
 
 import numpy as np
 import pytest
 import torch
 import toy
+from conftest import until
 from test_engine import fork, full_disk, start
 
 from get_nb.lab import store
@@ -59,8 +59,7 @@ def flip(path, rng=None, at=None):
 
 def test_two_workers_one_of_them_killed_make_what_one_makes(whole, tmp_path):
     one, two = (fork(toy.make, tmp_path, pause=0.02) for _ in range(2))
-    while len(shards(tmp_path)) < 2:
-        time.sleep(0.005)
+    until(lambda: len(shards(tmp_path)) >= 2)
     kept = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("pairs-*")}
     one.kill()
     two.join(600)
@@ -172,7 +171,8 @@ def test_more_shards_than_may_be_open_are_read_in_any_order(tmp_path, monkeypatc
     data, order = PairDataset(tmp_path), np.random.default_rng(0).permutation(n)
     batch = data.batch(order)
     assert batch["seed"].tolist() == order.tolist() and torch.equal(batch["noise"], draw_noise(order, (1, 8, 8), 10)[0])
-    assert len([f for f in os.listdir("/proc/self/fd") if "pairs-" in os.path.realpath(f"/proc/self/fd/{f}")]) == most
+    opened = [os.path.realpath(f"/proc/self/fd/{f}") for f in os.listdir("/proc/self/fd")]
+    assert len([path for path in opened if path.startswith(str(tmp_path.resolve()))]) == most
 
 
 def test_the_command_line_informs_verifies_and_merges(whole, tmp_path, capsys):
