@@ -4,8 +4,8 @@
 # Apptainer: apptainer build get_nb.sif docker-daemon://get_nb:latest
 FROM python:3.12-slim
 
-# a C++ compiler for torch.compile, make for the Makefile
-RUN apt-get update && apt-get install -y --no-install-recommends g++ git make && rm -rf /var/lib/apt/lists/*
+# a C++ compiler for torch.compile, and the clothes of profile gpu
+RUN apt-get update && apt-get install -y --no-install-recommends g++ dataset-fashion-mnist && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /get_nb
 ENV PIP_CONSTRAINT=/get_nb/constraints.txt PIP_NO_CACHE_DIR=1 GET_NB_ROOT=/get_nb

@@ -15,8 +15,8 @@ help:            ## this list
 
 $(READY): constraints.txt settings.ini pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "get_nb needs Python 3.11, 3.12 or 3.13, this is %d.%d: name one with make PYTHON=python3.12" % v)'
-	@echo "Making $(VENV) (a few minutes, about 7 GB with the CUDA build of torch)"
-	@$(PYTHON) -m venv --clear $(VENV)
+	@echo "Bringing $(VENV) up to date (from nothing: a few minutes, about 7 GB with the CUDA build of torch)"
+	@test -x $(RUN)pip || $(PYTHON) -m venv --clear $(VENV)
 	@PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN)pip install -q -e '.[dev]'
 	@touch $(READY)
 

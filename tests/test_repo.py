@@ -5,6 +5,7 @@ import inspect
 import json
 import pkgutil
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -186,7 +187,7 @@ def test_environment_yml_says_what_settings_ini_says():
     cfg = SETTINGS["DEFAULT"]
     wanted = [*cfg["requirements"].split(), *cfg["dev_requirements"].split()]
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
-    assert environment["dependencies"][-1]["pip"] == wanted
+    assert environment["dependencies"][-1]["pip"] == ["-c constraints.txt", *wanted]
     assert environment["dependencies"][0] == "python >=3.11,<3.14" and cfg["min_python"] == "3.11"
     assert cfg["allowed_cell_metadata_keys"].split() == ["tags", "jupyter"]
 
@@ -294,6 +295,20 @@ def test_the_shares_in_the_readme_are_those_of_the_models():
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
+
+
+def test_what_the_readme_prints_runs():
+    from get_nb.lab.cli import cli
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"(?s)```python\n(.*?)```", text)
+    exec(code.replace("num_steps=18", "num_steps=1"), {})  # one step in place of eighteen, which take a minute
+    lines = re.findall(r"(?m)^get-nb (.*?)(?: *#.*)?$", text)
+    assert len(lines) >= 6
+    for line in lines:
+        name, *words = shlex.split(line)
+        if not name.startswith("-"):
+            cli.commands[name].make_context(name, words)
 
 
 def test_the_readme_is_short():
