@@ -18,18 +18,28 @@ ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-c", "from get_nb.lab.cli import main; main()"]
 
 
-def until(ready, process=None, seconds=120):
-    "Wait until `ready()` is true, as long as the process lives and the time lasts."
+def until(ready, process=None, seconds=120, pause=0.005):
+    "Wait until `ready()` is true, as long as the process lives and the time lasts; -> its answer."
     end = time.time() + seconds
-    while not ready():
+    while not (answer := ready()):
         assert process is None or process.poll() is None, "the process ended before it was ready"
         assert time.time() < end, f"not ready after {seconds} s"
-        time.sleep(0.005)
+        time.sleep(pause)
+    return answer
 
 
 def get_nb(*args, **kw):
     "Run `get-nb` in the clone; -> CompletedProcess."
     return subprocess.run([*COMMAND, *map(str, args)], cwd=ROOT, capture_output=True, text=True, **kw)
+
+
+def in_process(capsys, *args):
+    "The same in this process, which saves the start of another; -> exit code, output, errors."
+    from get_nb.lab.cli import main
+
+    with pytest.raises(SystemExit) as e:
+        main([str(a) for a in args])
+    return e.value.code or 0, *capsys.readouterr()
 
 
 UNITS = dict(

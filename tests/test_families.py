@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import ROOT, get_nb
+from conftest import ROOT, in_process
 from get_nb.lab.core import ConfigError, seed_everything
 from get_nb.lab.data import load_data
 from get_nb.discriminator import ClassifierPyramid, Discriminator, DiscriminatorConfig, Head
@@ -341,16 +341,14 @@ def test_a_one_step_checkpoint_comes_back_as_what_it_was_with_its_family(tmp_pat
         create_one_step("unet-digit", **SHAPE)
 
 
-def test_the_command_line_evaluates_a_one_step_student_and_refuses_it_steps(tmp_path):
+def test_the_command_line_evaluates_a_one_step_student_and_refuses_it_steps(tmp_path, capsys):
     save_checkpoint(tmp_path / "s.safetensors", generator(), family="gdd")
     save_checkpoint(tmp_path / "c.safetensors", create_classifier(width=4, **SHAPE))
-    done = get_nb("evaluate", tmp_path / "s.safetensors", "--classifier", tmp_path / "c.safetensors", "--n", 100)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["kind"] == "gdd"
-    done = get_nb(
-        "evaluate", tmp_path / "s.safetensors", "--classifier", tmp_path / "c.safetensors", "--n", 100, "--steps", 4
-    )
-    assert done.returncode == 2 and "takes neither --steps" in done.stderr
+    words = ["evaluate", tmp_path / "s.safetensors", "--classifier", tmp_path / "c.safetensors", "--n", 100]
+    code, out, err = in_process(capsys, *words)
+    assert code == 0 and json.loads(out)["kind"] == "gdd", err
+    code, _, err = in_process(capsys, *words, "--steps", 4)
+    assert code == 2 and "takes neither --steps" in err
 
 
 def test_a_backbone_takes_local_weights_and_refuses_missing_and_damaged_ones(tmp_path):

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from unittest import mock
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 import browser
-from conftest import ROOT
+from conftest import ROOT, until
 from get_nb.lab.explore import explore
 from get_nb.lab.figures import show_images
 
@@ -44,15 +43,6 @@ ERRORS = "[...document.querySelectorAll('[data-mime-type*=error], [data-mime-typ
 KEYS = [dict(key=f"Arrow{k}", code=f"Arrow{k}", windowsVirtualKeyCode=v) for k, v in (("Left", 37), ("Right", 39))]
 
 
-def until(say, seconds=120):
-    "Ask until the answer is yes."
-    end = time.time() + seconds
-    while not (answer := say()):
-        assert time.time() < end, "waited in vain"
-        time.sleep(0.5)
-    return answer
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     if not browser.CHROMIUM:
@@ -71,11 +61,11 @@ def page(tmp_path_factory):
     server = subprocess.Popen(command, cwd=place, env=surroundings, stdout=log, stderr=log)
     try:
         address = f"http://127.0.0.1:{port}/lab/tree/start.ipynb?reset"
-        until(lambda: answers(address))
+        until(lambda: answers(address), pause=0.5)
         with browser.Browser() as tab:
             tab.ask("Emulation.setDeviceMetricsOverride", width=1280, height=1600, deviceScaleFactor=1, mobile=False)
             tab.ask("Page.navigate", url=address)
-            until(lambda: tab.evaluate(f"window.jupyterapp && ({READY})") == "idle")
+            until(lambda: tab.evaluate(f"window.jupyterapp && ({READY})") == "idle", pause=0.5)
             tab.evaluate("jupyterapp.shell.activateById(page.id)")
             tab.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
             yield tab
@@ -104,9 +94,12 @@ def test_the_start_page_runs_in_jupyterlab_and_every_slider_draws_a_new_picture(
         )
         for i in range(until(lambda: page.evaluate("output.querySelectorAll('.noUi-handle').length"))):
             page.evaluate(f"window.handle = output.querySelectorAll('.noUi-handle')[{i}]; handle.focus()")
-            until(lambda: page.evaluate("window.before = (output.querySelector('img') || {}).src"))
+            until(lambda: page.evaluate("window.before = (output.querySelector('img') || {}).src"), pause=0.5)
             lowest = page.evaluate("handle.getAttribute('aria-valuenow') === handle.getAttribute('aria-valuemin')")
             for kind in ("keyDown", "keyUp"):
                 page.ask("Input.dispatchKeyEvent", type=kind, **KEYS[lowest])
-            until(lambda: page.evaluate("![undefined, before].includes((output.querySelector('img') || {}).src)"))
+            until(
+                lambda: page.evaluate("![undefined, before].includes((output.querySelector('img') || {}).src)"),
+                pause=0.5,
+            )
             assert page.evaluate(ERRORS) == []

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import ROOT, get_nb
+from conftest import ROOT, get_nb, in_process
 from get_nb.lab.shapes import DRAWS, SHAPES, draw_numbers, make_shapes, render_shapes, shape_distance
 from get_nb.lab.profiles import load_profile
 from get_nb.lab.costs import data_of, stage_cost, teacher_cost
@@ -174,16 +174,16 @@ def test_the_container_and_the_cluster_profile_are_in_step():
     assert slurm["executor"] == "slurm" and slurm["default-resources"]["runtime"] > 0
 
 
-def test_a_price_names_its_sources_and_refuses_what_it_does_not_know():
-    done = get_nb("price", "--gpus", 2, "--set", "peak=3e14")
-    assert done.returncode == 0 and "| peak | 3e+14 | given |" in done.stdout and "on 2 GPUs, predicted" in done.stdout
+def test_a_price_names_its_sources_and_refuses_what_it_does_not_know(capsys):
+    code, out, _ = in_process(capsys, "price", "--gpus", 2, "--set", "peak=3e14")
+    assert code == 0 and "| peak | 3e+14 | given |" in out and "on 2 GPUs, predicted" in out
     for args, hint in (
         (["--set", "peek=3e14"], "did you mean 'peak'"),
         (["--set", "peak"], "NAME=NUMBER"),
         (["--record", "nothing.json"], "no such record"),
     ):
-        done = get_nb("price", *args)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and hint in done.stderr, done.stderr
+        code, _, err = in_process(capsys, "price", *args)
+        assert code == 2 and err.count("\n") == 1 and hint in err, err
 
 
 def test_a_benchmark_of_an_unknown_size_is_refused_before_it_starts(tmp_path):
