@@ -3,15 +3,19 @@
 import shutil
 
 import pytest
+import torch
 
 import get_nb
 from get_nb.lab import pipeline, publishing
-from get_nb.lab.core import ConfigError, is_main
+from get_nb.lab.archives import read_torch
+from get_nb.lab.core import ConfigError, FileError, is_main
 from get_nb.lab.files import save_checkpoint
+from get_nb.lab.generation import merge_pairs
 from get_nb.lab.profiles import demo_clone, load_profile
 from get_nb.lab.publishing import publish_profile
 from get_nb.lab.records import save_record
 from get_nb.lab.stages import profile_runs, runs_folder, stage_key
+from get_nb.lab.store import PairDataset, save_pairs
 
 
 @pytest.fixture
@@ -104,3 +108,24 @@ def test_two_profiles_of_one_file_name_do_not_share_runs_or_results(clone, writt
     assert "published 3 stages" in publish_profile(moved, str(moved / "pa/p.yaml"))
     (moved / "pa/p.yaml").unlink()
     assert runs_folder(moved, str(moved / "pb/p.yaml")) == moved / "runs/p"
+
+
+def test_a_tensor_saved_with_torchs_flags_is_refused_not_read_with_the_wrong_sign(tmp_path):
+    x = torch.complex(torch.ones(3), torch.ones(3)).conj().imag
+    for name, layout in (("zip.pt", True), ("legacy.pt", False)):
+        torch.save(dict(w=x), tmp_path / name, _use_new_zipfile_serialization=layout)
+        with pytest.raises(FileError, match=r"flags \(negative or conjugate\).*x.resolve_neg\(\)"):
+            read_torch(tmp_path / name)
+        torch.save(dict(w=x.resolve_neg()), tmp_path / name, _use_new_zipfile_serialization=layout)
+        assert read_torch(tmp_path / name)["w"].tolist() == [-1, -1, -1]
+
+
+def test_merged_pairs_are_files_even_if_the_shards_were_links(tmp_path):
+    x = torch.zeros(3, 1, 8, 8)
+    save_pairs(tmp_path / "real", x, x, first_seed=0)
+    (tmp_path / "linked").mkdir()
+    for p in (tmp_path / "real").iterdir():
+        (tmp_path / "linked" / p.name).symlink_to(f"../real/{p.name}")
+    merge_pairs([tmp_path / "linked"], tmp_path / "merged/all")
+    assert len(PairDataset(tmp_path / "merged/all")) == 3
+    assert not any(p.is_symlink() for p in (tmp_path / "merged/all").iterdir())

@@ -210,7 +210,7 @@ def _link_or_copy(source: Path, target: Path):
     "The same file under another name, or a copy of it on another file system."
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # a link itself may lead nowhere from there
     except OSError:
         with atomic_path(target) as tmp:
             shutil.copyfile(source, tmp)
