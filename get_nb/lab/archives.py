@@ -352,7 +352,9 @@ def _carry_out(v: Node, where: str):
     a, bare = v.args, v.state is None and not v.items
     if v.name == "torch._utils._rebuild_tensor_v2" and bare and len(a) >= 4:
         advice = "save x.resolve_neg() or x.resolve_conj()"
-        require(not any(a[6:]), f"{where}: a tensor with flags (negative or conjugate), not its values; {advice}", FileError)
+        require(
+            not any(a[6:]), f"{where}: a tensor with flags (negative or conjugate), not its values; {advice}", FileError
+        )
         return _view(*a[:4], where)
     if v.name == "torch._utils._rebuild_parameter" and bare and a and isinstance(a[0], torch.Tensor):
         return a[0]

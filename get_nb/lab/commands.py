@@ -156,7 +156,7 @@ def _import(file, out, download):
         click.echo(import_file(file, out))
         return
     from get_nb.lab.clothes import load_fashion
-    from get_nb.lab.folders import load_cifar10
+    from get_nb.lab.cifar import load_cifar10
 
     load = load_cifar10 if file == "cifar10" else load_fashion
     for split in ("train", "test"):
