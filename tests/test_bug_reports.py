@@ -1,15 +1,22 @@
 """What users have reported: each test names what must not happen again; siblings of a fault share its test."""
 
+import json
+import re
 import shutil
+import unicodedata
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFile
 
 import get_nb
 from get_nb.lab import pipeline, publishing
 from get_nb.lab.archives import read_torch
 from get_nb.lab.core import ConfigError, FileError, is_main
+from get_nb.lab.data import load_data
 from get_nb.lab.files import save_checkpoint
+from get_nb.lab.folders import load_folder, read_picture
 from get_nb.lab.generation import merge_pairs
 from get_nb.lab.profiles import demo_clone, load_profile
 from get_nb.lab.publishing import publish_profile
@@ -129,3 +136,70 @@ def test_merged_pairs_are_files_even_if_the_shards_were_links(tmp_path):
     merge_pairs([tmp_path / "linked"], tmp_path / "merged/all")
     assert len(PairDataset(tmp_path / "merged/all")) == 3
     assert not any(p.is_symlink() for p in (tmp_path / "merged/all").iterdir())
+
+
+def pictures(folder, size=8):
+    "Five pictures, all different, in a folder."
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(5):
+        Image.fromarray(np.full((size, size), 40 * i, np.uint8)).save(folder / f"img{i:08d}.png")
+
+
+def test_a_folder_of_edms_tool_has_the_classes_that_its_list_says(tmp_path, capsys):
+    for part in ("00000", "00001"):
+        pictures(tmp_path / "edm" / part)
+    names = [f"{p.parent.name}/{p.name}" for p in sorted(tmp_path.glob("edm/*/*.png"))]
+
+    def listed(labels):
+        (tmp_path / "edm/dataset.json").write_text(json.dumps(dict(labels=labels)), encoding="utf-8-sig")
+        return load_data(f"folder:{tmp_path}/edm", "train"), load_folder(tmp_path / "edm", "all")
+
+    _, everything = listed([[n, (2, 10)[i % 2]] for i, n in enumerate(names)])
+    assert everything.classes == ("02", "10") and everything.labels.tolist() == [0, 1] * 5
+    assert listed(None)[1].classes == ("0",)
+    assert "dataset.json" not in capsys.readouterr().err
+    for wrong in ([[n, 0] for n in names[1:]], [[n, [0.5]] for n in names], [[n, -1] for n in names], {"a": 1}, [3]):
+        with pytest.raises(FileError, match=r"dataset.json: (names no class|not EDM's list)"):
+            listed(wrong)
+
+
+def test_damaged_pictures_are_refused_whatever_other_libraries_let_pass(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    for name in ("a.png", "a.jpg"):
+        Image.fromarray(noise).save(tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        read_picture(tmp_path / name)
+        damaged = [whole[: len(whole) // 2]]
+        if name.endswith("png"):
+            at = whole.index(b"IDAT") + 4 + 200
+            damaged += [whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :]]
+        for content in damaged:
+            (tmp_path / f"b-{name}").write_bytes(content)
+            for lenient in (False, True):
+                monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
+                with pytest.raises(FileError, match="not an image that can be read"):
+                    read_picture(tmp_path / f"b-{name}")
+                assert ImageFile.LOAD_TRUNCATED_IMAGES == lenient
+
+
+def test_two_classes_never_have_one_visible_name(tmp_path):
+    for form in ("NFC", "NFD"):
+        pictures(tmp_path / "d" / unicodedata.normalize(form, "café"))
+    with pytest.raises(FileError, match=r"'cafe\\u0301' and 'caf\\xe9' look the same"):
+        load_folder(tmp_path / "d", "all")
+
+
+def test_a_folder_that_is_not_there_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    (tmp_path / "edm.zip").write_bytes(b"PK")
+    pictures(tmp_path / "d@28/a")
+    pictures(tmp_path / "home/mine/a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name, said in (
+        ("folder:birds", f"no such folder; a path that does not begin with / is looked for in {tmp_path}"),
+        ("folder:edm.zip", "there is no such folder, but a file; if it is an archive, unpack it"),
+        ("folder:d@28", "to name the folder d@28, append a slash"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            load_data(name, "train")
+    assert len(load_data("folder:d@28/", "train")) == len(load_data("folder:~/mine", "train")) == 4

@@ -8,16 +8,18 @@ __all__ = ['FILE_SETS', 'read_picture', 'list_pictures', 'resplit', 'load_folder
 # %% ../../nbs/lab/07_folders.ipynb #7a145228
 import functools
 import io
+import json
 import math
 import os
 import sys
+import unicodedata
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from .cifar import load_cifar10
 from .core import ConfigError, FileError, UnreadableFileError, is_main, nearest, progress, require
@@ -56,12 +58,16 @@ def _fault(f) -> str:
 
 
 @contextmanager
-def _opened(path):
-    "A picture file, opened and fit to be read; whatever goes wrong with it is a FileError."
+def _opened(path, whole: bool = False):
+    "A picture file, opened and fit to be read, by its checksums too; whatever goes wrong with it is a FileError."
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False  # another library may have set it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if whole:
+                with Image.open(path, formats=_FORMATS) as f:
+                    f.verify()  # decoding looks at no checksum
             with Image.open(path, formats=_FORMATS) as f:
                 fault = _fault(f)
                 require(not fault, f"{_shown(path)}: {fault}", FileError)
@@ -73,6 +79,8 @@ def _opened(path):
     except Exception as e:  # Pillow's readers raise more kinds than they document
         reason = " ".join(str(e).split()) or type(e).__name__
         raise FileError(f"{_shown(path)}: not an image that can be read ({reason})") from None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 # %% ../../nbs/lab/07_folders.ipynb #61dd9317
 def _is_grey(f) -> bool:
@@ -127,7 +135,7 @@ def read_picture(path, size: int = 0):
     Raises:
         FileError: it is not a picture, or its look is not certain; see the table
     """
-    with _opened(path) as f:
+    with _opened(path, whole=True) as f:
         image = _drawn(f)
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS) if size else image
 
@@ -183,6 +191,46 @@ def _class_name(folder: Path) -> str:
     return name
 
 
+_LABELS = "dataset.json"  # EDM's and StyleGAN's tool writes it beside folders 00000, 00001, ... that are no classes
+
+
+def _listed_classes(path: Path, files: list) -> list:
+    "Class of each picture as dataset.json says it, all of one width: the order of names is that of numbers."
+    listing = path / _LABELS
+    try:
+        labels = json.loads(listing.read_text(encoding="utf-8-sig"))["labels"]
+        classes = {} if labels is None else {name: k for name, k in labels}
+    except (ValueError, KeyError, TypeError) as e:
+        raise FileError(f"{_shown(listing)}: not EDM's list of labels ({type(e).__name__}: {e})") from None
+    names = [p.relative_to(path).as_posix() for p in files]
+    found = [classes.get(name) for name in names] if classes else [0] * len(names)  # null: no classes
+    for name, k in zip(names, found):
+        told = type(k) is int and k >= 0
+        require(told, f"{_shown(listing)}: names no class 0, 1, ... of {_shown(name)}, but {str(k)[:80]}", FileError)
+    return [f"{k:0{len(str(max(found)))}d}" for k in found]
+
+
+def _class_names(path: Path, files: list) -> list:
+    "Class of each picture: the name of its folder, unless a list of labels says otherwise. Raises FileError."
+    if (path / _LABELS).is_file():
+        return _listed_classes(path, files)
+    seen = {}
+    names = [_class_name(p.parent) for p in files]
+    for name in dict.fromkeys(names):
+        twin = seen.setdefault(unicodedata.normalize("NFC", name), name)
+        same = f"class folders {ascii(twin)} and {ascii(name)} look the same: one name in two forms of Unicode"
+        require(twin == name, f"folder {_shown(path)}: {same}; move the pictures of one into the other", FileError)
+    return names
+
+
+def _no_folder(path: Path) -> str:
+    "Why there is no folder at a path, and the way out."
+    if path.is_file():
+        return "there is no such folder, but a file; if it is an archive, unpack it"
+    where = "" if path.is_absolute() else f"; a path that does not begin with / is looked for in {os.getcwd()}"
+    return f"there is no such folder{where}"
+
+
 def list_pictures(path) -> list:
     """Picture files of a folder with one sub-folder per class, in order; what is skipped is said once.
 
@@ -196,8 +244,9 @@ def list_pictures(path) -> list:
         ConfigError: no such folder, or no pictures in its sub-folders
         FileError: a folder cannot be listed
     """
-    require(os.path.isdir(path), f"folder {_shown(path)}: there is no such folder")
-    things = list(_things(path))
+    path = Path(path).expanduser()
+    require(path.is_dir(), f"folder {_shown(path)}: {_no_folder(path)}")
+    things = [(kind, p) for kind, p in _things(path) if Path(p) != path / _LABELS]
     files, skipped = [Path(p) for kind, p in things if kind == "picture"], {}
     for kind, p in things:
         if kind != "picture":
@@ -281,8 +330,9 @@ def load_folder(path, split: str, size: int = 0, split_seed: int = 0) -> ImageSe
         ConfigError: no images, too few of a class, or of different sizes
         FileError: an image, or a folder, cannot be read
     """
+    path = Path(path).expanduser()
     files = list_pictures(path)
-    names = [_class_name(p.parent) for p in files]
+    names = _class_names(path, files)
     classes = sorted(set(names))
     y = np.array([classes.index(n) for n in names])
     keep = _in_split(y, split, 0.2, split_seed, f"folder {_shown(path)}", classes)
@@ -291,7 +341,7 @@ def load_folder(path, split: str, size: int = 0, split_seed: int = 0) -> ImageSe
     for row, i in zip(pixels, progress(keep, desc="images")):
         row[:] = np.asarray(read_picture(files[i], size).convert(mode)).reshape(row.shape)
     images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-    return ImageSet(images, torch.from_numpy(y[keep]).long(), tuple(classes), f"{Path(path).resolve().name}/{split}")
+    return ImageSet(images, torch.from_numpy(y[keep]).long(), tuple(classes), f"{path.resolve().name}/{split}")
 
 # %% ../../nbs/lab/07_folders.ipynb #e6d32bab
 FILE_SETS = ("cifar10", "cifar10-unverified", "folder:PATH", "folder:PATH@SIZE")
@@ -336,6 +386,10 @@ def load_files(name: str, split: str, split_seed: int = 0) -> ImageSet:
         whole, size = split_size(name)
         path = whole.removeprefix("folder:")
         require(path, f"data set {name!r}: the path of a folder comes after the colon")
+        other = size and not os.path.isdir(os.path.expanduser(path)) and os.path.isdir(f"{path}@{size}")
+        require(
+            not other, f"data set {name!r}: size {size} of {path}; to name the folder {path}@{size}, append a slash"
+        )
         return load_folder(path, split, size, split_seed)
     require(name in FILE_SETS, f"unknown data set {name!r}{nearest(name, FILE_SETS)}")
     verify = name == "cifar10"
