@@ -1,6 +1,7 @@
 """What users have reported: each test names what must not happen again; siblings of a fault share its test."""
 
 import json
+import os
 import re
 import shutil
 import unicodedata
@@ -13,16 +14,20 @@ from PIL import Image, ImageFile
 import get_nb
 from get_nb.lab import pipeline, publishing
 from get_nb.lab.archives import read_torch
-from get_nb.lab.core import ConfigError, FileError, is_main
+from get_nb.lab.cifar import data_folder
+from get_nb.lab.core import ConfigError, FileError, find_root, is_main
 from get_nb.lab.data import load_data
-from get_nb.lab.files import save_checkpoint
+from get_nb.lab.files import load_tensors, save_checkpoint, write_json
 from get_nb.lab.folders import load_folder, read_picture
 from get_nb.lab.generation import merge_pairs
+from get_nb.lab.metrics import load_statistics
 from get_nb.lab.profiles import demo_clone, load_profile
 from get_nb.lab.publishing import publish_profile
 from get_nb.lab.records import save_record
+from get_nb.lab.schedule import TrainConfig
 from get_nb.lab.stages import profile_runs, runs_folder, stage_key
-from get_nb.lab.store import PairDataset, save_pairs
+from get_nb.lab.store import PairDataset, save_pairs, verify_pairs
+from get_nb.lab.train import train
 
 
 @pytest.fixture
@@ -203,3 +208,75 @@ def test_a_folder_that_is_not_there_is_refused_with_the_way_out(tmp_path, monkey
         with pytest.raises(ConfigError, match=re.escape(said)):
             load_data(name, "train")
     assert len(load_data("folder:d@28/", "train")) == len(load_data("folder:~/mine", "train")) == 4
+
+
+def test_what_a_link_leads_to_is_written_and_home_is_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "new.json").symlink_to("disk/new.json")
+    (tmp_path / "disk/old.json").write_text("0")
+    (tmp_path / "old.json").symlink_to("disk/old.json")
+    for name in ("new.json", "old.json"):
+        write_json(name, [1])
+        assert (tmp_path / name).is_symlink() and json.loads((tmp_path / "disk" / name).read_text()) == [1]
+    x = torch.zeros(2, 1, 8, 8)
+    write_json("~/a.json", 1)
+    save_pairs("~/pairs", x, x, first_seed=0)
+    save_checkpoint("~/t.safetensors", get_nb.create_model("GET-digits/2", image_size=8, channels=1))
+    assert len(PairDataset("~/pairs")) == 2 and verify_pairs("~/pairs") == []
+    merge_pairs(["~/pairs"], "~/merged")
+    get_nb.load_checkpoint("~/t.safetensors")
+    pictures(tmp_path / "home/data/a")
+    monkeypatch.setenv("GET_NB_DATA", "~/data")
+    assert data_folder() == tmp_path / "home/data" and len(load_folder("~/data", "all")) == 5
+    demo_clone(tmp_path / "home/clone")
+    assert find_root("~/clone") == tmp_path / "home/clone"
+    assert profile_runs(tmp_path, "cpu", "~/runs") == tmp_path / "home/runs/cpu"
+    assert not (tmp_path / "~").exists()
+
+
+def test_no_device_is_replaced_by_a_file_and_long_names_are_kept(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for device in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(FileError, match="name a file"):
+            write_json(device, 1)
+    write_json(tmp_path / ("é" * 125 + ".json"), 1)
+    with pytest.raises(OSError) as e:
+        write_json(tmp_path / ("a" * 256), 1)
+    assert e.value.filename == str(tmp_path / ("a" * 256))
+
+
+def test_tied_weights_are_saved_and_come_back_tied(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
+            self.b.weight, self.config = self.a.weight, dict(builder="model")
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    model = Tied()
+    save_checkpoint(tmp_path / "tied.safetensors", model)
+    assert (load_tensors(tmp_path / "tied.safetensors")[0]["b.weight"] == model.a.weight).all()
+    x = torch.randn(8, 3)
+    cfg = dict(lr=1e-2, batch_size=8, checkpoint_every=2)
+
+    def loss(model, step, share):
+        return model(x).square().mean()
+
+    train(model, loss, TrainConfig(steps=2, **cfg), tmp_path / "state")
+    resumed = Tied()
+    train(resumed, loss, TrainConfig(steps=2, **cfg), tmp_path / "state")
+    assert resumed.a.weight is resumed.b.weight and torch.equal(resumed.a.weight, model.a.weight)
+
+
+def test_statistics_that_are_no_covariance_are_refused(tmp_path):
+    for i, sigma in enumerate(([[1, 5], [5, 1]], [[1, 0.9, -0.9], [0.9, 1, 0.9], [-0.9, 0.9, 1]])):
+        np.savez(tmp_path / f"{i}.npz", mu=np.zeros(len(sigma)), sigma=np.array(sigma, float))
+        with pytest.raises(FileError, match="sigma is not a covariance: .* is the variance along one direction"):
+            load_statistics(tmp_path / f"{i}.npz")
+    few = np.random.default_rng(0).normal(size=(20, 100))
+    np.savez(tmp_path / "few.npz", mu=few.mean(0), sigma=np.cov(few, rowvar=False).astype(np.float32))
+    load_statistics(tmp_path / "few.npz")

@@ -383,7 +383,7 @@ def read_torch(path, keep: bool = False):
         UnsafeFileError: it asks for more than tensors and plain values
         FileError: missing, damaged, or no torch file
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileError(f"{path}: no such file")
     memory = _map_file(path)

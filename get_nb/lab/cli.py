@@ -89,7 +89,7 @@ _KEEP_HELP = (
 def _name_root(ctx, option, root):
     "What --root names holds for everything that this process and its kernels look for."
     if root:
-        os.environ["GET_NB_ROOT"] = os.path.abspath(root)
+        os.environ["GET_NB_ROOT"] = os.path.abspath(os.path.expanduser(root))
     return root
 
 

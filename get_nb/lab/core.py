@@ -421,7 +421,7 @@ def find_root(start=None) -> Path:
     Raises:
         ConfigError: there is none
     """
-    start = Path(start or os.environ.get("GET_NB_ROOT") or ".").resolve()
+    start = Path(start or os.environ.get("GET_NB_ROOT") or ".").expanduser().resolve()
     for p in (start, *start.parents):
         if (p / "settings.ini").is_file() and (p / "nbs" / "paper").is_dir():
             return p
@@ -452,7 +452,7 @@ def in_clone(path) -> Path:
     Raises:
         ConfigError: the path is relative and there is no clone
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     return path if path.is_absolute() or path.exists() else find_root() / path
 
 # %% ../../nbs/lab/00_core.ipynb #96700f1b

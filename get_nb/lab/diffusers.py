@@ -184,7 +184,7 @@ def load_diffusers(folder):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     unet = _read_part(folder, "unet", "config.json")
     scheduler = _read_part(folder, "scheduler", "scheduler_config.json")
     index = folder / "model_index.json"

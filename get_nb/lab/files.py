@@ -22,18 +22,20 @@ def atomic_path(path):
     """Write to a temporary path; it becomes `path` when the block ends without an error.
 
     Args:
-        path: the file to write; its folder is made if absent
+        path: the file to write; its folder is made if absent. ~ is the home folder; what a link leads to is written
 
     Yields:
         a temporary path in the same folder, which no other process or machine uses
 
     Raises:
-        FileError: path is a folder
+        FileError: path is a folder, or a device or pipe
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     require(not path.is_dir(), f"{path}: a folder; name a file", FileError)
+    require(path.is_file() or not path.exists(), f"{path}: a device or a pipe; name a file", FileError)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    tmp = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex[:12]}.tmp")  # a name has 255 bytes at most
     try:
         tmp.touch()
         mode = tmp.stat().st_mode  # as the umask says; safetensors alone would let nobody but the owner read
@@ -82,6 +84,17 @@ def _tensors_digest(tensors: dict, info: str) -> str:
     return h.hexdigest()
 
 # %% ../../nbs/lab/03_files.ipynb #0cd4e3d1
+def _apart(tensors: dict) -> dict:
+    "The same tensors, each in a storage of its own: safetensors refuses tied weights."
+    seen = set()
+    out = {}
+    for k, v in tensors.items():
+        at = v.untyped_storage().data_ptr()
+        out[k] = v.clone() if at in seen else v
+        seen.add(at)
+    return out
+
+
 def save_tensors(path, tensors: dict, info: dict) -> str:
     """Write tensors and their description, atomically, with a digest.
 
@@ -103,7 +116,7 @@ def save_tensors(path, tensors: dict, info: dict) -> str:
         info = json.dumps(info, sort_keys=True)
     except (TypeError, ValueError) as e:
         raise FileError(f"{path}: what is said about its tensors cannot be written as json: {e}") from None
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    tensors = _apart({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     digest = _tensors_digest(tensors, info)
     # one metadata key only: safetensors writes several in random order
     header = dict(get_nb=json.dumps(dict(info=info, sha256=digest)))
@@ -119,7 +132,8 @@ def _read_safetensors(path) -> tuple:
     "Tensors and our metadata (a json text) of a safetensors file, not yet checked; raises FileError."
     from safetensors import SafetensorError, safe_open
 
-    require(Path(path).is_file(), f"{path}: no such file", FileError)
+    path = Path(path).expanduser()
+    require(path.is_file(), f"{path}: no such file", FileError)
     try:
         open(path, "rb").close()
     except OSError as e:

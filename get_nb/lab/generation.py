@@ -173,7 +173,7 @@ def generate_pairs(denoiser, folder, cfg: PairsConfig) -> dict:
     """
     require_model("denoiser", denoiser)
     require_config(cfg, PairsConfig)
-    folder, known = Path(folder), getattr(denoiser, "num_classes", cfg.num_classes)
+    folder, known = Path(folder).expanduser(), getattr(denoiser, "num_classes", cfg.num_classes)
     classes = f"num_classes = {cfg.num_classes}: labels are drawn from so many classes, the teacher knows {known}"
     require(cfg.num_classes <= known, classes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,8 @@ def merge_pairs(folders, target) -> dict:
         ConfigError: no folders
         FileError: the target is not empty; or the folders differ in recipe, share seeds, have none, or are damaged
     """
-    target, parts = Path(target), [(Path(f), read_pairs_manifest(f)) for f in folders]
+    folders = [Path(f).expanduser() for f in folders]
+    target, parts = Path(target).expanduser(), [(f, read_pairs_manifest(f)) for f in folders]
     require(parts, "no folders to merge: name at least one")
     empty = not target.exists() or not any(target.iterdir())
     require(empty, f"{target}: not empty; name a new folder to merge into", FileError)

@@ -56,7 +56,7 @@ def _pair_files(src) -> list:
     Raises:
         FileError: a file is missing, or has no number
     """
-    latent, image = _numbered(Path(src) / "latent"), _numbered(Path(src) / "image")
+    latent, image = (_numbered(Path(src).expanduser() / part) for part in ("latent", "image"))
     if not latent or not image:
         raise FileError(f"{src}: not a folder of released pairs: it needs latent/*.pkl and image/*.pkl")
     for n in sorted(latent.keys() ^ image.keys()):
@@ -192,7 +192,7 @@ def import_reference_pairs(src, folder, shard_size: int = 1250) -> dict:
         FileError: a file is missing, damaged, of another shape, or changed while it was read
     """
     require_whole("shard_size", shard_size)
-    folder, files, shards, same = Path(folder), _pair_files(src), [], None
+    folder, files, shards, same = Path(folder).expanduser(), _pair_files(src), [], None
     for latent, image in progress(files, desc="import pairs"):
         before = _stamps((latent, image))
         e, onehot, x = _read_pair_files(latent, image)
@@ -229,7 +229,7 @@ def recognise(path) -> str:
     """
     if str(path) in shipped_names() and not Path(path).exists():
         return "shipped"
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         if (path / "latent").is_dir() and (path / "image").is_dir():
             return "pairs"
@@ -267,8 +267,10 @@ def import_file(path, out=None) -> str:
         FileError: damaged, or none of these layouts
         ConfigError: the target exists, or has the wrong ending
     """
-    kind, path = recognise(path), Path(path)
-    out = Path(out or (f"{path.resolve().name}-imported" if kind == "pairs" else f"{path.stem}.safetensors"))
+    kind, path = recognise(path), Path(path).expanduser()
+    out = Path(
+        out or (f"{path.resolve().name}-imported" if kind == "pairs" else f"{path.stem}.safetensors")
+    ).expanduser()
     if kind == "pairs":
         if out.resolve() == path.resolve():
             raise ConfigError(f"--out {out}: is the folder that is imported; name another")

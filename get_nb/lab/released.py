@@ -259,9 +259,10 @@ def load_edm_pickle(path):
         UnsafeFileError: the file asks for more than the layout needs
         FileError: damaged, or another layout or network
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileError(f"{path}: no such file")
-    tree = resolve(read_pickle(Path(path).read_bytes(), str(path)), str(path), {})
+    tree = resolve(read_pickle(path.read_bytes(), str(path)), str(path), {})
     if not isinstance(tree, dict) or "ema" not in tree:
         raise FileError(f"{path}: not an EDM pickle: it has no 'ema'")
     name, state = _module_state(tree["ema"], path)

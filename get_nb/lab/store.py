@@ -62,7 +62,7 @@ def read_pairs_manifest(folder) -> dict:
     Raises:
         FileError: there is none, or it is damaged or of another kind
     """
-    path = Path(folder) / "manifest.json"
+    path = Path(folder).expanduser() / "manifest.json"
     require(path.is_file(), f"{path}: no such file: {folder} is not a finished folder of pairs", FileError)
     try:
         m = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +132,7 @@ def save_pairs(folder, noise, image, labels=None, **recipe) -> dict:
             is not floating-point, or a label is out of range
         ConfigError: num_classes or shard_size is not a whole number
     """
-    folder, noise, image, label = Path(folder), *_arrays(folder, noise, image, labels)
+    folder, noise, image, label = Path(folder).expanduser(), *_arrays(folder, noise, image, labels)
     n = len(noise)
     if recipe.get("first_seed") is not None:
         require_whole("first_seed", recipe["first_seed"], 0)
@@ -228,7 +228,7 @@ def verify_pairs(folder, afresh: bool = False) -> list:
     Raises:
         FileError: the manifest is missing or damaged
     """
-    folder, wrong = Path(folder), []
+    folder, wrong = Path(folder).expanduser(), []
     manifest = read_pairs_manifest(folder)
     with remembered_digests(folder, afresh) as known:
         for s in manifest["shards"]:
@@ -258,7 +258,7 @@ def pairs_info(folder) -> dict:
     Raises:
         FileError: the manifest is missing or damaged
     """
-    m, folder = read_pairs_manifest(folder), Path(folder)
+    m, folder = read_pairs_manifest(folder), Path(folder).expanduser()
     files = [folder / s["file"] for s in m["shards"]]
     return dict(
         folder=str(folder),
@@ -353,7 +353,7 @@ class PairDataset:
     """
 
     def __init__(self, folder, verify: bool = True):
-        self.folder, self.manifest = Path(folder), read_pairs_manifest(folder)
+        self.folder, self.manifest = Path(folder).expanduser().absolute(), read_pairs_manifest(folder)
         recipe, shards = self.manifest["recipe"], self.manifest["shards"]
         self.shape, self.num_classes = tuple(recipe["shape"]), recipe["num_classes"]
         wrong = verify_pairs(folder) if verify else []
