@@ -15,8 +15,10 @@ import get_nb
 from get_nb.lab import pipeline, publishing
 from get_nb.lab.archives import read_torch
 from get_nb.lab.cifar import data_folder
+from get_nb.lab.classifier import create_classifier
 from get_nb.lab.core import ConfigError, FileError, find_root, is_main
-from get_nb.lab.data import load_data
+from get_nb.lab.data import load_data, short_name
+from get_nb.lab.evaluate import _refuse_other_data, evaluate_checkpoint
 from get_nb.lab.files import load_tensors, save_checkpoint, write_json
 from get_nb.lab.folders import load_folder, read_picture
 from get_nb.lab.generation import merge_pairs
@@ -280,3 +282,12 @@ def test_statistics_that_are_no_covariance_are_refused(tmp_path):
     few = np.random.default_rng(0).normal(size=(20, 100))
     np.savez(tmp_path / "few.npz", mu=few.mean(0), sigma=np.cov(few, rowvar=False).astype(np.float32))
     load_statistics(tmp_path / "few.npz")
+
+
+def test_a_classifier_of_other_data_measures_no_distance_of_these(tmp_path):
+    classifier = create_classifier(num_classes=2, width=4, image_size=8, channels=1)
+    save_checkpoint(tmp_path / "cats.safetensors", classifier, data="my cats/train")
+    with pytest.raises(ConfigError, match="cats.safetensors: a classifier of 'my cats', compared with 'digits'"):
+        evaluate_checkpoint("digits-get", str(tmp_path / "cats.safetensors"), samples=10, device="cpu")
+    (tmp_path / "my cats").mkdir()
+    _refuse_other_data([tmp_path / "cats.safetensors"], short_name(f"folder:{tmp_path}/my cats"))

@@ -221,6 +221,7 @@ def evaluate_checkpoint(
     kinds = [n.kind for n in networks]
     most = _SAMPLES["effnet"] if "effnet" in kinds else 0
     name, train, test = load_references(_shape_of(model), data, statistics or {}, path, most)
+    _refuse_other_data(sources, name)
     cfg = EvalConfig(
         samples=samples or max(_SAMPLES.get(k, 5000) for k in kinds),
         batch_size=batch_size,
@@ -232,6 +233,17 @@ def evaluate_checkpoint(
     return evaluate(model, cfg, train, test, networks, name, formulation, spread)[0]
 
 # %% ../../nbs/lab/31_evaluate.ipynb #9c1016bd
+def _refuse_other_data(sources: list, name: str):
+    "Refuse a classifier that was trained on another data set than the one whose name the distance will bear."
+    from get_nb.lab.effnet import is_effnet  # as in load_references
+
+    for source in sources:
+        if source != "inception" and not is_effnet(source):
+            learnt = str(load_checkpoint(source).meta.get("data") or name).partition("/")[0]
+            advice = "name its data with --data, or another classifier"
+            require(learnt == name, f"{source}: a classifier of {learnt!r}, compared with {name!r}: {advice}")
+
+
 def _refuse_misfits(model, path, sources: list, statistics, teachers_only):
     "Refuse options of evaluate_checkpoint that do not fit the model, or each other."
     from get_nb.lab.effnet import is_effnet  # as in load_references
