@@ -291,3 +291,75 @@ def test_a_classifier_of_other_data_measures_no_distance_of_these(tmp_path):
         evaluate_checkpoint("digits-get", str(tmp_path / "cats.safetensors"), samples=10, device="cpu")
     (tmp_path / "my cats").mkdir()
     _refuse_other_data([tmp_path / "cats.safetensors"], short_name(f"folder:{tmp_path}/my cats"))
+
+
+ODD = {
+    "a view read backwards": lambda a: a[:, :, ::-1],
+    "big-endian": lambda a: a.astype(">f4"),
+    "long doubles": lambda a: a.astype(np.longdouble),
+    "not contiguous": lambda a: a.transpose(0, 1, 3, 2),
+    "torch's negative flag": lambda a: torch.complex(torch.zeros(a.shape), torch.from_numpy(-a)).conj().imag,
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_pairs_are_saved_from_any_dense_array(odd, tmp_path):
+    a = np.random.default_rng(0).normal(size=(4, 1, 8, 8)).astype(np.float32)
+    x = ODD[odd](a)
+    save_pairs(tmp_path / "p", x, x, np.arange(4)[::-1].astype(">i8"), first_seed=np.int64(5), num_classes=np.int64(5))
+    found = PairDataset(tmp_path / "p")[:]
+    wanted = np.array(torch.clone(x).resolve_neg() if torch.is_tensor(x) else x, np.float32)
+    assert (found["noise"].numpy() == wanted).all() and np.allclose(found["image"], wanted)
+    assert found["label"].tolist() == [3, 2, 1, 0] and found["seed"].tolist() == [5, 6, 7, 8]
+
+
+def test_pairs_that_are_not_what_is_said_are_refused(tmp_path):
+    x = torch.zeros(4, 1, 8, 8)
+    masked = np.ma.masked_array(x.numpy(), mask=np.ones(x.shape, bool))
+    for odd in (masked, x.to_sparse()):
+        for noise, image in ((odd, x), (x, odd)):
+            with pytest.raises(FileError, match="must be dense and without a mask"):
+                save_pairs(tmp_path / "p", noise, image)
+    for recipe in (dict(n=5), dict(shape=[1, 2, 8])):
+        with pytest.raises(ConfigError, match=r"(n|shape) = .*: that of the arrays is"):
+            save_pairs(tmp_path / "p", x, x, **recipe)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/.DS_Store").touch()
+    save_pairs(tmp_path / "p", x, x, n=4, shape=(1, 8, 8))
+
+
+def test_a_manifest_that_says_other_shapes_than_the_shards_is_refused(tmp_path):
+    x = torch.zeros(10, 1, 8, 8)
+    save_pairs(tmp_path, x, x, first_seed=0, shard_size=5)
+    PairDataset(tmp_path)
+    path = tmp_path / "manifest.json"
+    m = json.loads(path.read_text())
+    path.write_text(json.dumps(m), encoding="utf-8-sig")
+    PairDataset(tmp_path)
+    longer = [dict(s, pairs=20) for s in m["shards"]]
+    for wrong in (dict(m, shards=longer), dict(m, recipe=dict(m["recipe"], shape=[1, 4, 16]))):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(FileError, match="pairs-00000.safetensors: its .* is of shape .*, by the manifest"):
+            PairDataset(tmp_path)
+
+
+def test_a_data_set_of_pairs_stays_where_it_was_and_says_when_it_is_gone(tmp_path, monkeypatch):
+    x = torch.zeros(4, 1, 8, 8)
+    save_pairs(tmp_path / "p", x, x)
+    monkeypatch.chdir(tmp_path)
+    data = PairDataset("p")
+    monkeypatch.chdir("/")
+    assert len(data[:]["image"]) == 4
+    data = PairDataset(tmp_path / "p")
+    shutil.rmtree(tmp_path / "p")
+    with pytest.raises(FileError, match="pairs-00000.safetensors: cannot be read .* is the folder still there"):
+        data[0]
+
+
+def test_numbers_of_numpy_may_be_noted_in_checkpoints(tmp_path):
+    model = get_nb.create_model("GET-digits/2", image_size=8, channels=1)
+    save_checkpoint(
+        tmp_path / "m.safetensors", model, fd=np.float32(1.5), steps=np.int64(3), more=dict(a=[np.bool_(1)])
+    )
+    assert get_nb.load_checkpoint(tmp_path / "m.safetensors").meta == dict(fd=1.5, steps=3, more=dict(a=[True]))
+    write_json(tmp_path / "a.json", dict(a=np.int64(1)))

@@ -14,6 +14,8 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from .core import FileError, UnreadableFileError, is_main, require, require_model
 
 # %% ../../nbs/lab/03_files.ipynb #782fb731
@@ -48,15 +50,22 @@ def atomic_path(path):
         tmp.unlink(missing_ok=True)
 
 # %% ../../nbs/lab/03_files.ipynb #7ce71e50
+def _plain(value):
+    "What json does not know: a number of numpy becomes Python's."
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is nothing that json has")
+
+
 def write_json(path, value):
     """Write json atomically.
 
     Args:
         path: the file to write
-        value: what json can express, without NaN
+        value: what json can express, without NaN; numpy's numbers count as Python's
     """
     with atomic_path(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        tmp.write_text(json.dumps(value, indent=1, allow_nan=False, default=_plain) + "\n", encoding="utf-8")
 
 
 def sha256_file(path) -> str:
@@ -113,10 +122,10 @@ def save_tensors(path, tensors: dict, info: dict) -> str:
     from safetensors.torch import save_file
 
     try:
-        info = json.dumps(info, sort_keys=True)
+        info = json.dumps(info, sort_keys=True, default=_plain)
     except (TypeError, ValueError) as e:
         raise FileError(f"{path}: what is said about its tensors cannot be written as json: {e}") from None
-    tensors = _apart({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+    tensors = _apart({k: v.detach().resolve_neg().cpu().contiguous() for k, v in tensors.items()})
     digest = _tensors_digest(tensors, info)
     # one metadata key only: safetensors writes several in random order
     header = dict(get_nb=json.dumps(dict(info=info, sha256=digest)))

@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from .core import FileError, UnreadableFileError, progress, require, require_config, require_model
 from .files import atomic_path, load_tensors, save_tensors, write_json
 from .images import check_finite
-from .store import read_pairs_manifest, remembered_digests, shard_digest, verify_pairs, write_pairs_manifest
+from .manifest import read_pairs_manifest, remembered_digests, shard_digest, write_pairs_manifest
+from .store import verify_pairs
 from ..pairs import PairsConfig, sample_pairs
 from ..sampler import num_evaluations
 
@@ -233,7 +234,7 @@ def merge_pairs(folders, target) -> dict:
     folders = [Path(f).expanduser() for f in folders]
     target, parts = Path(target).expanduser(), [(f, read_pairs_manifest(f)) for f in folders]
     require(parts, "no folders to merge: name at least one")
-    empty = not target.exists() or not any(target.iterdir())
+    empty = not target.exists() or all(p.name.startswith(".") for p in target.iterdir())
     require(empty, f"{target}: not empty; name a new folder to merge into", FileError)
     _check_parts(parts)
     shards = sorted(((f, s) for f, m in parts for s in m["shards"]), key=lambda part: part[1]["first_seed"])

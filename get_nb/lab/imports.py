@@ -34,7 +34,7 @@ def _numbered(folder: Path) -> dict:
         FileError: a name without a number, or two with the same
     """
     out = {}
-    for path in sorted(folder.glob("*.pkl")):
+    for path in sorted(p for p in folder.glob("*.pkl") if not p.name.startswith(".")):
         number = re.findall(r"\d+", path.stem)[-1:]
         if not number:
             raise FileError(f"{path}: its name holds no number, so its place among the pairs is not known")
