@@ -181,7 +181,7 @@ def _info(folder):
     \b
     get-nb pairs info runs/cpu/pairs
     """
-    from get_nb.lab.store import pairs_info
+    from get_nb.lab.manifest import pairs_info
 
     click.echo(json.dumps(pairs_info(folder), indent=1))
 
@@ -194,7 +194,8 @@ def _verify(folder):
     \b
     get-nb pairs verify runs/cpu/pairs
     """
-    from get_nb.lab.store import read_pairs_manifest, verify_pairs
+    from get_nb.lab.manifest import read_pairs_manifest
+    from get_nb.lab.store import verify_pairs
 
     wrong, shards = verify_pairs(folder, afresh=True), len(read_pairs_manifest(folder)["shards"])
     require(not wrong, f"{len(wrong)} of {shards} shards are damaged: {'; '.join(wrong)}", FileError)

@@ -218,12 +218,11 @@ def evaluate_checkpoint(
     sources = features if isinstance(features, list) else [features]
     _refuse_misfits(model, path, sources, statistics, unconditional or steps)
     networks = [load_features(f, device) for f in sources]
-    kinds = [n.kind for n in networks]
-    most = _SAMPLES["effnet"] if "effnet" in kinds else 0
+    most = _SAMPLES["effnet"] if any(n.kind == "effnet" for n in networks) else 0
     name, train, test = load_references(_shape_of(model), data, statistics or {}, path, most)
     _refuse_other_data(sources, name)
     cfg = EvalConfig(
-        samples=samples or max(_SAMPLES.get(k, 5000) for k in kinds),
+        samples=samples or max(_SAMPLES.get(n.kind, 5000) for n in networks),
         batch_size=batch_size,
         num_steps=steps or 18,
         conditional=not unconditional and bool(model.config["num_classes"]),
