@@ -73,7 +73,7 @@ def _sample(weights, n, seed, labels, iterations, steps, precision, out):
     get-nb sample digits-teacher --steps 18
     get-nb sample runs/cpu/get/student.safetensors --label 3 --label 7
     """
-    require(Path(out).suffix in (".png", ".npz"), f"--out {out}: a .png or .npz file")
+    require(Path(out).suffix.lower() in (".png", ".npz"), f"--out {out}: a .png or .npz file")
     from get_nb.lab.evaluate import sample_to_file
 
     sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps, precision=precision)
