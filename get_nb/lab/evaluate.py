@@ -122,8 +122,8 @@ _GENERATORS = ("model", "one-step", *_TEACHERS)  # builders of whatever makes im
 
 def _load_kind(path, kinds: tuple, what: str):
     "A model from own .safetensors, released .pth (GET) or .pkl (EDM); refused unless one of these builders made it."
-    load = {".pth": load_reference_get, ".pkl": load_edm_pickle}.get(Path(path).suffix, load_checkpoint)
-    model = load(path)
+    released = dict.fromkeys((".pth", ".pt", ".ckpt"), load_reference_get) | {".pkl": load_edm_pickle}
+    model = released.get(Path(path).suffix.lower(), load_checkpoint)(path)
     builder = model.config["builder"]
     require(builder in kinds, f"{path}: holds a {builder}, {what}")
     return model
@@ -364,7 +364,7 @@ def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):
     iterations_fit = "n_iter" not in how or isinstance(model, GET)
     require(iterations_fit, f"{checkpoint}: {c['name']} does not iterate; --iterations is for GETs")
     require_whole("n", n)
-    ending = Path(out).suffix
+    ending = Path(out).suffix.lower()
     require(ending in (".png", ".npz"), f"{out}: images are written as .png (a grid) or .npz, not {ending or 'this'}")
     chosen = _labels_for(model, labels, n, checkpoint) if labels else None
     formulation = sampling_formulation(model, how.get("precision", "float32"))
@@ -376,7 +376,7 @@ def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):
         made = generate(model, noise, y[-1] if c["num_classes"] else None, formulation=formulation, **how)
         images.append(finite_bytes(made, some, checkpoint))
     with atomic_path(out) as tmp:
-        _save_images(torch.cat(images).numpy(), torch.cat(y).numpy(), np.array(seeds), tmp, str(out).endswith(".npz"))
+        _save_images(torch.cat(images).numpy(), torch.cat(y).numpy(), np.array(seeds), tmp, ending == ".npz")
 
 # %% ../../nbs/lab/31_evaluate.ipynb #31ba7f5d
 def _save_images(images, labels, seeds, path, arrays: bool):
