@@ -161,9 +161,8 @@ def nearest(word: str, options) -> str:
         "; did you mean 'x'?", or "; choose from ..." when no name is close
     """
     options = [str(o) for o in options]
-    close = difflib.get_close_matches(str(word), options, n=1, cutoff=0.6)
-    if not close:
-        close = [o for o in options if o.lower() == str(word).lower()]
+    close = [o for o in options if o.lower() == str(word).lower()]
+    close = close or difflib.get_close_matches(str(word), options, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; choose from {', '.join(sorted(options)) or '(none)'}"
