@@ -117,6 +117,8 @@ def execute(stage: Stage, parameters: dict, folder: Path, cwd: Path):
     except DeadKernelError:
         hint = f"(out of memory? see {log}); rerun the same command to resume from the last checkpoint"
         raise StageError(f"{failed} its kernel died {hint}") from None
+    except RuntimeError as e:
+        raise StageError(f"{failed} its kernel did not start ({' '.join(str(e).split())[:200]}); see {log}") from None
     except OSError as e:
         raise StageError(f"{failed} {e}; fix this and rerun the same command to resume") from None
     finally:
@@ -158,6 +160,9 @@ def _lock(path: Path, error: Exception):
         lock.acquire()
     except Timeout:
         raise error from None
+    except (OSError, NotImplementedError) as e:
+        advice = "name a folder on another file system with --runs"
+        raise ConfigError(f"{path}: cannot be locked ({getattr(e, 'strerror', e)}); {advice}") from None
     try:
         yield
     finally:
@@ -221,6 +226,12 @@ def cores_of(stage: Stage, cores: int) -> int:
     return min(threads, cores) if threads else cores
 
 # %% ../../nbs/lab/39_pipeline.ipynb #1b74d650
+def _tell(text: str):
+    "Print; that a log has gone away (a closed pipe, a full disk) is no reason to stop what runs."
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
 class _Schedule:
     "The stages of one run: which wait, which run, which have ended, and how."
 
@@ -236,7 +247,7 @@ class _Schedule:
         self.ended = SimpleQueue()  # (name, stamp or exception), put there by the threads
 
     def say(self, name: str, text: str):
-        print(f"{self.label(name)}: {text}", flush=True)
+        _tell(f"{self.label(name)}: {text}")
 
     def label(self, name: str) -> str:
         return f"[{list(self.stages).index(name) + 1}/{len(self.stages)}] {name}"
@@ -333,7 +344,7 @@ def _run_all(todo: _Schedule):
             bar.set_description_str(" | ".join(texts))
             reported = [text for text in texts if ": " in text]
             if reported and bar.disable and time.monotonic() - told >= _LOG_EVERY:
-                print("\n".join(reported), flush=True)
+                _tell("\n".join(reported))
                 told = time.monotonic()
             todo.wait(0.5)
             todo.start()
