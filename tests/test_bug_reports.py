@@ -1,28 +1,40 @@
 """What users have reported: each test names what must not happen again; siblings of a fault share its test."""
 
+import io
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+import time
 import unicodedata
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image, ImageFile
 
 import get_nb
+from conftest import ROOT
 from get_nb.lab import pipeline, publishing
 from get_nb.lab.archives import read_torch
 from get_nb.lab.cifar import data_folder
 from get_nb.lab.classifier import create_classifier
-from get_nb.lab.core import ConfigError, FileError, find_root, is_main
+from get_nb.lab.cli import cli
+from get_nb.lab.core import ConfigError, FileError, find_root, is_main, nearest
 from get_nb.lab.data import load_data, short_name
-from get_nb.lab.evaluate import _refuse_other_data, evaluate_checkpoint
+from get_nb.lab.diffusers import _side, load_diffusers
+from get_nb.lab.evaluate import _load_kind, _refuse_other_data, evaluate_checkpoint, sample_to_file
 from get_nb.lab.files import load_tensors, save_checkpoint, write_json
 from get_nb.lab.folders import load_folder, read_picture
 from get_nb.lab.generation import merge_pairs
+from get_nb.lab.imports import import_file
 from get_nb.lab.metrics import load_statistics
+from get_nb.lab.own import look_at
+from get_nb.lab.parameters import read_yaml
 from get_nb.lab.profiles import demo_clone, load_profile
 from get_nb.lab.publishing import publish_profile
 from get_nb.lab.records import save_record
@@ -308,7 +320,7 @@ def test_pairs_are_saved_from_any_dense_array(odd, tmp_path):
     x = ODD[odd](a)
     save_pairs(tmp_path / "p", x, x, np.arange(4)[::-1].astype(">i8"), first_seed=np.int64(5), num_classes=np.int64(5))
     found = PairDataset(tmp_path / "p")[:]
-    wanted = np.array(torch.clone(x).resolve_neg() if torch.is_tensor(x) else x, np.float32)
+    wanted = np.array(x.resolve_neg().numpy() if torch.is_tensor(x) else x, np.float32)
     assert (found["noise"].numpy() == wanted).all() and np.allclose(found["image"], wanted)
     assert found["label"].tolist() == [3, 2, 1, 0] and found["seed"].tolist() == [5, 6, 7, 8]
 
@@ -363,3 +375,194 @@ def test_numbers_of_numpy_may_be_noted_in_checkpoints(tmp_path):
     )
     assert get_nb.load_checkpoint(tmp_path / "m.safetensors").meta == dict(fd=1.5, steps=3, more=dict(a=[True]))
     write_json(tmp_path / "a.json", dict(a=np.int64(1)))
+
+
+def test_the_nearest_name_is_the_same_word_in_other_letters_if_there_is_one():
+    for word, options, near in (
+        ("Digits-GET", ["digits-vit", "digits-get", "digits-teacher"], "digits-get"),
+        ("GET-b/2", ["GET-T/2", "GET-B/2"], "GET-B/2"),
+        ("CPU", ["cpu-full", "cpu", "gpu"], "cpu"),
+    ):
+        assert nearest(word, options) == f"; did you mean {near!r}?"
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_streams_lead_nowhere(closed, tmp_path):
+    out = tmp_path / "a.json"
+    code = (
+        "import sys; from get_nb.lab.surroundings import soften_streams; soften_streams(); f = open(sys.argv[1], 'w');"
+        "print('said'); print('said', file=sys.stderr); print(f.fileno() > 2, file=f); sys.stdin.read(0)"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {shlex.quote(str(out))} {closed}"
+    assert subprocess.run(command, shell=True, capture_output=True).returncode == 0
+    assert out.read_text() == "True\n"
+
+
+def test_an_output_that_has_gone_away_is_named(tmp_path):
+    code = "import sys; from get_nb.lab.cli import main; main(['stages', '--json'])"
+    for where in (">/dev/full", "| true"):
+        command = f"set -o pipefail; {shlex.quote(sys.executable)} -c {shlex.quote(code)} {where}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+        assert re.fullmatch(r"get-nb: standard output: (No space left on device|Broken pipe)\n", done.stderr), (
+            done.stderr
+        )
+        assert done.returncode == 2
+
+
+def test_a_log_that_has_gone_away_stops_no_stage(clone, written, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with monkeypatch.context() as m:
+        m.setattr(sys, "stdout", Gone())
+        folder = pipeline.run_profile(clone, "demo")
+    assert len(list(folder.glob("*/stamp.json"))) == 3
+
+
+def test_a_kernel_that_does_not_start_and_a_folder_without_locks_are_one_line(clone, tmp_path, monkeypatch):
+    def dies(*_):
+        raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(pipeline, "_papermill", dies)
+    with pytest.raises(pipeline.StageError, match=r"square_3 failed: its kernel did not start .*see .*/kernel.log"):
+        pipeline.execute(load_profile(clone, "demo")["square_3"], {}, tmp_path, clone)
+
+    def no_locks(*_, **__):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(pipeline.FileLock, "acquire", no_locks)
+    with pytest.raises(ConfigError, match=r"runs/demo/.lock: cannot be locked \(No locks available\); .*--runs"):
+        pipeline.run_profile(clone, "demo")
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("010", "010"),
+        ("1:30", "1:30"),
+        ("1:30.5", "1:30.5"),
+        ("0o10", "0o10"),
+        ("0", 0),
+        ("-12", -12),
+        ("1_000", 1000),
+        ("0x10", 16),
+        ("1.5", 1.5),
+        ("1.5e-3", 1.5e-3),
+        ("-.5", -0.5),
+        ("-.inf", -np.inf),
+        ("yes", True),
+        ("null", None),
+    ],
+)
+def test_yaml_reads_numbers_as_everybody_does(text, value):
+    found = read_yaml(f"n: {text}", "this")["n"]
+    assert found == value and type(found) is type(value)
+
+
+def test_profiles_that_cannot_be_read_say_the_way_out(clone, monkeypatch):
+    path = clone / "nbs/paper/profiles/demo.yaml"
+    text = path.read_text()
+    monkeypatch.chdir(clone)
+    for old, new, said in (
+        ("n: [3, 5]", "n: [010, 5]", "yaml reads this as text: write 10"),
+        ("table_sum:", "no:", "a stage's name as False, which is no text: put it in quotes"),
+        ("table_sum:", "1:", "a stage's name as 1, which is no text: put it in quotes"),
+    ):
+        path.write_text(text.replace(old, new))
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            load_profile(clone, "demo")
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(ConfigError, match="demo.yaml: not yaml: .*; save it as UTF-8"):
+        load_profile(clone, "demo")
+    (clone / "mine.yml").write_text(text, encoding="utf-8-sig")
+    assert list(load_profile(clone, "mine.yml")) == ["square_3", "square_5", "table_sum"]
+    assert profile_runs(clone, "mine.yml") == clone / "runs/mine"
+
+
+def test_pictures_of_one_colour_are_no_data(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(5):
+            Image.new("L", (8, 8), 200).save(tmp_path / name / f"{i}.png")
+    with pytest.raises(ConfigError, match="all pictures are of one and the same colour"):
+        look_at(tmp_path)
+
+
+@pytest.mark.parametrize("size, side", [([8, 8], 8), (8, 8), ([8, 16], 0), (None, 0), ("8", 0), (True, 0)])
+def test_the_size_of_a_diffusers_network_is_one_number_or_refused(size, side):
+    if side:
+        assert _side(dict(sample_size=size), "here") == side
+    else:
+        with pytest.raises(FileError, match="here: unet: sample_size = "):
+            _side(dict(sample_size=size), "here")
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16", "diffusion_pytorch_model-00001-of-00002"])
+def test_parts_and_variants_of_diffusers_weights_are_refused_with_the_way_out(name, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "unet/config.json").write_text(json.dumps(dict(_class_name="UNet2DModel")), encoding="utf-8-sig")
+    (tmp_path / "scheduler/scheduler_config.json").write_text("{}")
+    (tmp_path / f"unet/{name}.safetensors").touch()
+    with pytest.raises(FileError, match=rf"one whole file is needed, {name}.safetensors is a part or a variant"):
+        load_diffusers(tmp_path)
+
+
+def test_released_weights_are_read_whatever_wraps_them_and_ends_their_name(tmp_path):
+    model = get_nb.create_model("GET-T/2", image_size=8, num_classes=3)
+    state = model.state_dict()
+    for i, wrapper in enumerate(("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")):
+        path = tmp_path / f"{i}{('.pth', '.PTH', '.pt', '.ckpt', '.PT')[i]}"
+        ema = {f"{wrapper}{k}": v for k, v in state.items()}
+        torch.save(dict(ema=ema, best_fid=np.float64(2.5)), path, pickle_protocol=2)
+        found = _load_kind(path, ("model",), "no model")
+        assert all(torch.equal(v, state[k]) for k, v in found.state_dict().items())
+
+
+def test_a_pointer_of_git_lfs_is_named_for_what_it_is(tmp_path):
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    for name, read in (
+        ("a.safetensors", get_nb.load_checkpoint),
+        ("a.pth", get_nb.load_reference_get),
+        ("a.pkl", get_nb.load_edm_pickle),
+        ("a.bin", import_file),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(FileError, match=f"{name}: .*git lfs pull"):
+            read(tmp_path / name)
+
+
+def test_what_macos_leaves_beside_files_is_no_data(tmp_path):
+    for part in ("latent", "image"):
+        (tmp_path / part).mkdir()
+        torch.save(torch.zeros(2, 1, 8, 8), tmp_path / part / "3.pkl")
+        (tmp_path / part / "._3.pkl").write_bytes(b"\0\5\26\7")
+    assert get_nb.import_reference_pairs(tmp_path, tmp_path / "out")["recipe"]["n"] == 2
+    x = torch.zeros(2, 1, 8, 8)
+    save_pairs(tmp_path / "p", x, x, first_seed=0)
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged/.DS_Store").touch()
+    assert merge_pairs([tmp_path / "p"], tmp_path / "merged")["recipe"]["n"] == 2
+
+
+def test_endings_of_pictures_may_be_in_capitals(tmp_path):
+    sample_to_file("digits-get", tmp_path / "x.PNG", 2)
+    assert read_picture(tmp_path / "x.PNG").mode == "L"
+    sample_to_file("digits-get", tmp_path / "x.NPZ", 2)
+    with np.load(tmp_path / "x.NPZ") as f:
+        assert f["images"].shape == (2, 1, 8, 8)
+    CliRunner().invoke(
+        cli, ["sample", "digits-get", "-n", "1", "--out", str(tmp_path / "y.PNG")], catch_exceptions=False
+    )
+    assert (tmp_path / "y.PNG").is_file()
+
+
+def test_a_clock_that_is_set_back_gives_no_negative_seconds(clone, written, monkeypatch):
+    times = iter(range(10**6, 0, -100))
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    stage, runs = load_profile(clone, "demo")["square_3"], runs_folder(clone, "demo")
+    assert pipeline.run_stage(stage, stage_key(stage, runs), clone, runs)["seconds"] >= 0
+    model = torch.nn.Linear(2, 2)
+    cfg = TrainConfig(steps=2, lr=1e-2, batch_size=2)
+    assert train(model, lambda m, step, share: m(torch.ones(2, 2)).mean(), cfg)[1]["seconds"] >= 0

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from .core import FileError, UnsafeFileError, require
+from .files import refuse_pointer
 from .pickles import STORAGES, TORCH, Node, Token, read_pickle, short, whole
 
 # %% ../../nbs/lab/06_archives.ipynb #a8d1d390
@@ -386,6 +387,7 @@ def read_torch(path, keep: bool = False):
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileError(f"{path}: no such file")
+    refuse_pointer(path)
     memory = _map_file(path)
     if memory[:4] == b"PK\x03\x04":
         return _read_zip(path, str(path), keep)

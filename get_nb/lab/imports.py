@@ -16,7 +16,7 @@ from .archives import MAGIC, read_torch
 from .checkpoints import load_checkpoint
 from .core import ConfigError, FileError, progress, require_whole
 from .diffusers import load_diffusers
-from .files import load_tensors, save_checkpoint, save_tensors, sha256_file, write_json
+from .files import load_tensors, refuse_pointer, save_checkpoint, save_tensors, sha256_file, write_json
 from .released import finite_tensors, load_edm_pickle, load_reference_get
 from .shipped import find_checkpoint, shipped_names
 
@@ -241,6 +241,7 @@ def recognise(path) -> str:
     if not path.is_file():
         find_checkpoint(path)  # names the shipped weights that may be meant
         raise FileError(f"{path}: no such file")
+    refuse_pointer(path)
     with open(path, "rb") as f:
         head = f.read(64)
     if head[:4] == b"PK\x03\x04" or MAGIC.to_bytes(10, "little") in head:
