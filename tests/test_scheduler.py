@@ -140,7 +140,7 @@ def test_records_that_were_brought_from_another_machine_count(tmp_path, monkeypa
     folder.mkdir()
     for name in ("record.json", gone):
         (folder / name).write_text("1")
-    stamp = dict(key=stages.stage_key(), outputs=stages.stage_outputs(folder))
+    stamp = dict(key=stages.stage_key(), outputs=stages.stage_outputs(folder), seconds=1.0)
     (folder / "stamp.json").write_text(json.dumps(stamp))
     assert stages.why_run(s, tmp_path, keep) == ""
     (folder / gone).unlink()
