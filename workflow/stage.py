@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from get_nb.lab.core import ConfigError, require
-from get_nb.lab.pipeline import StageError, run_stage, runs_folder
+from get_nb.lab.pipeline import StageError, run_stage
 from get_nb.lab.profiles import load_profile, select_stages
-from get_nb.lab.stages import stage_key, why_run
+from get_nb.lab.stages import runs_folder, stage_key, why_run
 
 
 def main():

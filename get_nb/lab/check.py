@@ -15,6 +15,7 @@ from pathlib import Path
 from .core import FileError, require
 from .profiles import load_profile, select_stages
 from .report import count_of, distance_name
+from .stages import profile_runs
 
 # %% ../../nbs/lab/40b_check.ipynb #6d73b61a
 MEASURED = ("fd", "precision", "recall", "mean")
@@ -190,7 +191,7 @@ def check_profile(root: Path, profile: str, group=None, runs=None) -> dict:
         FileError: a damaged record or table
     """
     name, stages = Path(profile).stem, select_stages(load_profile(root, profile), group=group)
-    results, folder = root / "results", Path(runs or root / "runs").resolve() / name
+    results, folder = root / "results", profile_runs(root, profile, runs)
     found = {p.parent.name: _read(p) for p in sorted((results / name / "records").glob("*/record.json"))}
     published = {stage: r for stage, r in found.items() if stage in stages}
     require(published, f"{results / name}: no published records of profile {name!r} to compare with: 'get-nb publish'")

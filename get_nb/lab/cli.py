@@ -20,7 +20,7 @@ from .core import ConfigError, FileError, find_root, require
 from .pipeline import StageError, run_profile
 from .profiles import load_profile, select_stages
 from .publishing import compare_tables, publish_profile, publish_redrawn, redraw
-from .stages import read_manifest, read_stamp, why_run
+from .stages import profile_runs, read_manifest, read_stamp, why_run
 from .surroundings import Terminated, catch_termination, find_home, release_termination, soften_streams
 
 # %% ../../nbs/lab/48_cli.ipynb #03a30450
@@ -128,7 +128,7 @@ def _paint(text: str, good: bool) -> str:
 def _stage_states(root, profile, stage, group, runs, keep, fresh=False) -> list:
     "Each stage, how long it took (here, or when it was published), whether it is up to date, and why not."
     name = Path(profile).stem
-    folder, published = Path(runs or root / "runs") / name, read_manifest(root / "results" / name / "manifest.json")
+    folder, published = profile_runs(root, profile, runs), read_manifest(root / "results" / name / "manifest.json")
     stale, states = set(), []
     for s in select_stages(load_profile(root, profile), stage, group).values():
         stamp = read_stamp(folder / s.name) or published.get(s.name)

@@ -404,8 +404,9 @@ def send(x, device):
 
 # %% ../../nbs/lab/00_core.ipynb #4cc8cd12
 def is_main() -> bool:
-    "Is this the main process of several (torchrun's rank 0), or the only one?"
-    return os.environ.get("RANK", "0") == "0"
+    "Is this the main process of several (torchrun's rank 0), or the only one? A launcher's RANK alone says nothing."
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return not several or os.environ.get("RANK", "0") == "0"
 
 # %% ../../nbs/lab/00_core.ipynb #75ee2861
 def find_root(start=None) -> Path:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from .core import home_folder, require
 from .files import read_checkpoint, save_tensors, sha256_file, write_json
-from .pipeline import run_stage, runs_folder
+from .pipeline import run_stage
 from .profiles import Stage, load_profile, select_stages
 from .shipped import MODEL_FILE, model_card, shipped_folder
-from .stages import code_hashes, is_record, read_manifest, read_stamp, record_hashes, stage_key, why_run
+from .stages import code_hashes, is_record, profile_note, profile_runs, read_manifest, read_stamp
+from .stages import record_hashes, refuse_other, runs_folder, stage_key, why_run
 
 # %% ../../nbs/lab/40_publishing.ipynb #fa6d495c
 def untimed(table: dict) -> dict:
@@ -199,11 +200,24 @@ def _publish_stage(stage: Stage, runs: Path, new: Path, root: Path, name: str) -
     return {k: stamp[k] for k in kept} | dict(group=stage.group, files=files)
 
 
-def _publish_stages(stages: dict, runs: Path, root: Path, name: str, keep: bool) -> str:
+def _refuse_other_results(root: Path, profile: str, target: Path, shipped: str):
+    "ConfigError if published results are those of another yaml file of the same name."
+    try:
+        published = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
+        note = published.get("file", shipped)
+    except (OSError, ValueError, AttributeError):
+        return
+    refuse_other(root, profile, target, note, "run and publish it under that name")
+
+
+def _publish_stages(stages: dict, runs: Path, root: Path, profile: str, keep: bool) -> str:
     "Publish stages of one folder of runs; with `keep`, beside what is published; -> one line."
-    target = root / "results" / name
+    name, note = Path(profile).stem, profile_note(root, profile)
+    target, shipped = root / "results" / name, f"nbs/paper/profiles/{name}.yaml"
+    _refuse_other_results(root, profile, target, shipped)
     with _replacing(target, keep) as new:
         manifest = dict(profile=name, stages=read_manifest(target / "manifest.json") if keep else {})
+        manifest |= {} if note == shipped else dict(file=note)
         manifest["stages"] |= {s.name: _publish_stage(s, runs, new, root, name) for s in stages.values()}
         write_json(new / "manifest.json", manifest)
     return f"published {len(stages)} stages to {target}"
@@ -226,13 +240,13 @@ def publish_profile(root: Path, profile: str, group=None, runs=None, keep: bool 
         ConfigError: a stage is not up to date
         FileError: the published manifest is damaged
     """
-    name, stages = Path(profile).stem, select_stages(load_profile(root, profile), group=group)
-    folder = Path(runs or root / "runs").resolve() / name
+    stages = select_stages(load_profile(root, profile), group=group)
+    folder = profile_runs(root, profile, runs)
     for s in stages.values():
         reason = why_run(s, folder, keep)
         hint = f"run 'get-nb reproduce --profile {profile}' first"
         require(not reason, f"stage {s.name} is not up to date ({reason}); {hint}")
-    return _publish_stages(stages, folder, root, name, keep=bool(group))
+    return _publish_stages(stages, folder, root, profile, keep=bool(group))
 
 # %% ../../nbs/lab/40_publishing.ipynb #15c6b45a
 def stale_records(root: Path, name: str) -> list:
@@ -315,12 +329,12 @@ def publish_redrawn(root: Path, profile: str, runs=None) -> str:
     """
     name = Path(profile).stem
     records, stages = _drawable(root, profile)
-    folder = Path(runs or root / "runs").resolve() / f"{name}-redrawn"
+    folder = profile_runs(root, f"{name}-redrawn", runs)
     for s in stages.values():
         reason = why_run(s, folder, inputs=record_hashes(s, records))
         hint = f"run 'get-nb reproduce --profile {profile} --redraw' first"
         require(not reason, f"stage {s.name} is not redrawn ({reason}); {hint}")
-    return _publish_stages(stages, folder, root, name, keep=True)
+    return _publish_stages(stages, folder, root, profile, keep=True)
 
 # %% ../../nbs/lab/40_publishing.ipynb #f6076638
 _MOST_BYTES = 16 * 2**20  # of all shipped files

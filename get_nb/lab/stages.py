@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['code_hash', 'imported_modules', 'code_hashes', 'is_record', 'stage_outputs', 'read_stamp', 'read_manifest',
-           'record_hashes', 'stage_key', 'why_run']
+           'record_hashes', 'stage_key', 'why_run', 'profile_note', 'refuse_other', 'profile_runs', 'runs_folder']
 
 # %% ../../nbs/lab/37_stages.ipynb #b03d5c05
 import ast
@@ -12,13 +12,14 @@ import functools
 import hashlib
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import get_nb
-from .core import FileError, in_clone
+from .core import ConfigError, FileError, in_clone, require
 from .files import sha256_file
 from .parameters import code_cells, declared_parameters
-from .profiles import WIRING, Stage
+from .profiles import WIRING, Stage, profile_path
 from .shipped import shipped_folder, shipped_names
 
 # %% ../../nbs/lab/37_stages.ipynb #aab03cba
@@ -342,3 +343,88 @@ def why_run(stage: Stage, runs: Path, keep: bool = False, inputs: dict = None) -
         if not left_elsewhere and now.get(file, {}).get("sha256") != made["sha256"]:
             return f"output {file} is gone or changed"
     return ""
+
+# %% ../../nbs/lab/37_stages.ipynb #5c0e91a7
+_OWNER = ".profile"  # in a folder of runs: which yaml file they belong to
+
+
+def profile_note(root: Path, profile: str) -> str:
+    """How a folder notes whose runs it holds: a clone may be moved.
+
+    Args:
+        root: the clone
+        profile: its name, or a yaml file
+
+    Returns:
+        path of the yaml file, relative to the clone where it lies inside
+    """
+    path, root = profile_path(root, profile).resolve(), Path(root).resolve()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)
+
+
+def refuse_other(root: Path, profile: str, folder: Path, note: str, advice: str):
+    """Refuse a folder that belongs to another profile whose yaml file has the same name, and is still there.
+
+    Args:
+        root: the clone
+        profile: its name, or a yaml file
+        folder: of runs or results
+        note: of `profile_note`, as the folder has it
+        advice: what else to do than to rename the file
+
+    Raises:
+        ConfigError: it belongs to another
+    """
+    mine = profile_note(root, profile)
+    ours = note == mine or not (Path(root) / note).is_file()
+    require(ours, f"{folder} belongs to {note}, not to {mine}: rename yours, {advice}")
+
+# %% ../../nbs/lab/37_stages.ipynb #3835cd85
+def profile_runs(root: Path, profile: str, runs=None) -> Path:
+    """Where the runs of a profile lie.
+
+    Args:
+        root: the clone
+        profile: its name, or a yaml file
+        runs: folder for runs; by default runs/ in the clone
+
+    Returns:
+        an absolute path, which need not be there
+
+    Raises:
+        ConfigError: it holds the runs of another yaml file of that name
+    """
+    folder = (Path(runs).expanduser() if runs else root / "runs").resolve() / Path(profile).stem
+    note = folder / _OWNER
+    if note.is_file():
+        refuse_other(
+            root, profile, folder, note.read_text(encoding="utf-8").strip(), "or name another folder with --runs"
+        )
+    return folder
+
+
+def runs_folder(root: Path, profile: str, runs=None) -> Path:
+    """The folder of a profile's runs, made if it is not there; it notes whose it is.
+
+    Args:
+        root: the clone
+        profile: its name, or a yaml file
+        runs: folder for runs; by default runs/ in the clone
+
+    Returns:
+        an absolute path
+
+    Raises:
+        ConfigError: it cannot be written to, or holds the runs of another yaml file of that name
+    """
+    folder = profile_runs(root, profile, runs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if profile_path(root, profile).is_file():
+            (folder / _OWNER).write_text(f"{profile_note(root, profile)}\n", encoding="utf-8")
+    except OSError as e:
+        hint = "free it, or name another folder with --runs"
+        raise ConfigError(f"cannot write to {folder}: {e.strerror}; {hint}") from None
+    return folder.resolve()
