@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['code_hash', 'imported_modules', 'code_hashes', 'is_record', 'stage_outputs', 'read_stamp', 'read_manifest',
-           'record_hashes', 'stage_key', 'why_run', 'profile_note', 'refuse_other', 'profile_runs', 'runs_folder']
+           'record_hashes', 'stage_key', 'why_run', 'profile_note', 'refuse_other', 'profile_runs', 'runs_folder',
+           'locked']
 
 # %% ../../nbs/lab/37_stages.ipynb #b03d5c05
 import ast
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +18,8 @@ import tempfile
 from pathlib import Path
 
 import get_nb
+from filelock import FileLock, Timeout
+
 from .core import ConfigError, FileError, in_clone, require
 from .files import sha256_file
 from .parameters import code_cells, declared_parameters
@@ -428,3 +432,28 @@ def runs_folder(root: Path, profile: str, runs=None) -> Path:
         hint = "free it, or name another folder with --runs"
         raise ConfigError(f"cannot write to {folder}: {e.strerror}; {hint}") from None
     return folder.resolve()
+
+# %% ../../nbs/lab/37_stages.ipynb #7d1f3c52
+@contextlib.contextmanager
+def locked(path: Path, error: Exception):
+    """Hold a lock file while the block runs.
+
+    Args:
+        path: of the lock file; it stays there
+        error: what to raise if another process holds it
+
+    Yields:
+        nothing
+
+    Raises:
+        Exception: `error`
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise error from None
+    try:
+        yield
+    finally:
+        lock.release()
