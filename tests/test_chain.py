@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -17,7 +18,7 @@ import pytest
 from conftest import COMMAND, ROOT, get_nb, traced_cells, until
 from get_nb.lab.publishing import compare_table
 from get_nb.lab.profiles import demo_clone, load_profile
-from get_nb.lab.stages import code_hashes, imported_modules, stage_outputs
+from get_nb.lab.stages import code_hashes, imported_modules, read_stamp, stage_key, stage_outputs
 
 STAGES = load_profile(ROOT, "smoke")
 
@@ -320,6 +321,42 @@ def test_a_stage_depends_on_the_module_of_a_name_however_it_is_imported(code, tm
     )
     used = code_hashes(tmp_path / "n.ipynb").keys()
     assert {"notebook", "lab.checkpoints", "lab.core", "layers", "solvers"} <= used
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import get_nb as g\ng.create_model('GET-B/2')",
+        "import get_nb.lab as lab\nlab.checkpoints.create_model('GET-B/2')",
+        "from get_nb import lab as rooms\nrooms.checkpoints.create_model('GET-B/2')",
+        "import get_nb.lab.checkpoints as c\nc.create_model('GET-B/2')",
+        "import get_nb.lab\nget_nb.lab.checkpoints.create_model('GET-B/2')",
+    ],
+)
+def test_a_module_is_found_whatever_the_code_calls_it(code):
+    assert "lab.checkpoints" in imported_modules(code)
+
+
+def test_pictures_behind_a_linked_class_folder_count(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "elsewhere/1.png").write_bytes(b"a picture")
+    (tmp_path / "pictures/class").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "pictures/nowhere").symlink_to(tmp_path / "gone")
+    stage = replace(STAGES["classifier"], params=dict(data=f"folder:{tmp_path}/pictures@8"))
+    before = stage_key(stage, tmp_path)["inputs"]
+    (tmp_path / "elsewhere/1.png").write_bytes(b"another picture")
+    assert before["content of data"] != stage_key(stage, tmp_path)["inputs"]["content of data"]
+
+
+def test_a_link_to_nowhere_is_no_output(tmp_path):
+    (tmp_path / "weights").symlink_to(tmp_path / "gone")
+    assert stage_outputs(tmp_path) == {}
+
+
+def test_a_stamp_without_its_seconds_is_damaged(tmp_path, capsys):
+    (tmp_path / "stamp.json").write_text('{"key": {}, "outputs": {}}', encoding="utf-8")
+    assert read_stamp(tmp_path) is None and "damaged stamp" in capsys.readouterr().out
 
 
 def test_every_name_of_the_package_leads_to_its_module():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from get_nb.lab.core import FileError
 from get_nb.lab.files import load_tensors, save_tensors
 from get_nb.lab.schedule import OPERATION, TrainConfig, shares
 from get_nb.lab.state import TrainingError, checkpoints
-from get_nb.lab.train import Stopped
+from get_nb.lab.train import Stopped, train_method
 
 HERE = Path(__file__).parent
 ENV = dict(
@@ -142,6 +143,26 @@ def test_what_only_says_how_may_change_on_resume_and_what_says_what_may_not(alon
     assert all((p - q).abs().max() < 1e-4 for p, q in zip(ema.parameters(), alone[0]))
     assert [int(p.stem[5:]) for p in checkpoints(tmp_path)] == [50, 49, 42]
     assert OPERATION < set(TrainConfig.__dataclass_fields__)
+
+
+def test_a_run_resumed_with_more_points_to_its_curve_keeps_drawing_it(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        toy.fit(tmp_path, watch=crash(30), log_every=15)  # the checkpoint of step 20 holds a window of 5
+    _, history = toy.fit(tmp_path, log_every=2)
+    assert history["resumed_at"] == [20] and history["step"] == [15, 21, *range(23, 50, 2)]
+
+
+def test_an_error_without_text_in_one_of_several_processes_is_named_by_its_kind(monkeypatch):
+    def fail(*_):
+        raise NotImplementedError
+
+    several = SimpleNamespace(world=2, rank=1)
+    run = SimpleNamespace(model=None, processes=several, step=3, folder=None, formulation=None)
+    monkeypatch.setattr("get_nb.lab.train.start_run", lambda *_: run)
+    monkeypatch.setattr("get_nb.lab.train.load_state", lambda _: False)
+    monkeypatch.setattr("get_nb.lab.train._loop", fail)
+    with pytest.raises(TrainingError, match=r"process 1 failed after step 3.*\(NotImplementedError\)"):
+        train_method(None, TrainConfig(steps=5), desc="toy")
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_all_damaged_means_from_the_start(alone, tmp_path, capsys):

@@ -74,6 +74,14 @@ def test_a_profile_fits_the_pictures_and_says_why(size, mode, asked, side, patch
     assert sorted(os.listdir(tmp_path)) == ["mine.yaml", "pics"]
 
 
+def test_a_name_of_a_profile_of_ours_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw(tmp_path / "pics")
+    code, _, err = run(capsys, "new", "cpu", "--data", "folder:pics", "--root", ROOT, "--size", 8)
+    assert code == 2 and err.count("\n") == 1 and "name 'cpu': a profile of get_nb is named so" in err
+    assert not (tmp_path / "cpu.yaml").exists()
+
+
 def test_a_gpu_gets_larger_networks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)

@@ -1,7 +1,9 @@
 "Stages that run side by side: a failing one lets its neighbour finish, and nothing after it starts."
 
 import json
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,8 @@ def run(monkeypatch, tmp_path):
     def run(some, work, cores, **how):
         log = []
 
-        def fake(s, key, root, runs, fresh):
-            log.append(f"{s.name} starts")
+        def fake(s, key, root, runs, fresh, **how):
+            log.append(f"{s.name} starts{' afresh' * fresh}")
             work(s.name)
             log.append(f"{s.name} ends")
             return dict(seconds=0)
@@ -87,6 +89,56 @@ def test_a_stage_takes_the_cores_that_it_says(params, cores):
     assert pipeline.cores_of(stage("s", **params), 4) == cores
 
 
+@pytest.mark.parametrize("cores, threads", [(None, {"a": 8, "b": 0}), (2, {"a": 2, "b": 2}), (9, {"a": 8, "b": 9})])
+def test_no_stage_gets_more_threads_than_the_cores_that_were_given(cores, threads, tmp_path, monkeypatch):
+    got = {}
+
+    def execute(s, parameters, folder, root):
+        got[s.name] = parameters.get("threads", "its own")
+        (folder / "record.json").write_text("{}", encoding="utf-8")
+
+    some = {s.name: s for s in (stage("a", threads=8), stage("b", threads=0), stage("c"))}
+    monkeypatch.setattr(pipeline, "execute", execute)
+    monkeypatch.setattr(pipeline, "_stamp", lambda *_: dict(seconds=0, outputs={"record.json": {}}))
+    monkeypatch.setattr(pipeline, "why_run", lambda s, runs, keep=False: "test")
+    monkeypatch.setattr(pipeline, "stage_key", lambda s, runs: dict(params=s.params))
+    monkeypatch.setattr(pipeline, "load_profile", lambda root, name: some)
+    pipeline.run_profile(tmp_path, "p", runs=tmp_path, cores=cores)
+    assert got == threads | {"c": "its own"}
+    key = json.loads((tmp_path / "p/a/key.json").read_text(encoding="utf-8"))
+    assert key == dict(params=dict(threads=8))
+
+
+def test_fresh_means_what_was_asked_for_not_what_that_needs(run):
+    some = [stage("a"), replace(stage("b", "a"), group="g"), replace(stage("c", "b"), group="g")]
+    for asked, afresh in (({}, "abc"), (dict(stage="c"), "c"), (dict(group="g"), "bc")):
+        log, _ = run(some, lambda name: None, 1, fresh=True, **asked)
+        assert [line[0] for line in log if "afresh" in line] == list(afresh)
+
+
+def test_the_seconds_of_a_stage_are_those_of_all_its_sessions(tmp_path, monkeypatch):
+    def killed(s, parameters, folder, root):
+        (folder / "state").mkdir(exist_ok=True)
+        (folder / "state/step.safetensors").touch()
+        later = (folder / ".began").stat().st_mtime + 100
+        os.utime(folder / "state/step.safetensors", (later, later))
+        raise KeyboardInterrupt
+
+    def ends(s, parameters, folder, root):
+        (folder / "record.txt").touch()
+
+    monkeypatch.setattr(pipeline, "provenance", dict)
+    for execute in (killed, killed):
+        monkeypatch.setattr(pipeline, "execute", execute)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run_stage(stage("s"), dict(code="a"), tmp_path, tmp_path)
+    monkeypatch.setattr(pipeline, "execute", ends)
+    stamp = pipeline.run_stage(stage("s"), dict(code="a"), tmp_path, tmp_path)
+    assert 200 <= stamp["seconds"] < 220 and set(stamp["outputs"]) == {"record.txt"}
+    stamp = pipeline.run_stage(stage("s"), dict(code="b"), tmp_path, tmp_path)
+    assert stamp["seconds"] < 20  # another key is another result
+
+
 def test_every_failure_is_said(run, capsys):
     def work(name):
         time.sleep(0.2 * (name == "b"))
@@ -140,7 +192,7 @@ def test_records_that_were_brought_from_another_machine_count(tmp_path, monkeypa
     folder.mkdir()
     for name in ("record.json", gone):
         (folder / name).write_text("1")
-    stamp = dict(key=stages.stage_key(), outputs=stages.stage_outputs(folder))
+    stamp = dict(key=stages.stage_key(), outputs=stages.stage_outputs(folder), seconds=1.0)
     (folder / "stamp.json").write_text(json.dumps(stamp))
     assert stages.why_run(s, tmp_path, keep) == ""
     (folder / gone).unlink()

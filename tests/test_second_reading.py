@@ -312,7 +312,7 @@ def test_words_that_mean_nothing_to_a_teacher_are_refused():
 
 def test_a_card_names_the_rate_that_was_trained_with_not_the_page_s_own(tmp_path):
     save_record(tmp_path / "get", dict(parameters=1, lr=0.002, steps=9))
-    stamp = dict(key=dict(params=dict(lr=0.004, steps=5, gamma=0.8, threads=1)), outputs={})
+    stamp = dict(key=dict(params=dict(lr=0.004, steps=5, gamma=0.8, threads=1)), outputs={}, seconds=1.0)
     (tmp_path / "get/stamp.json").write_text(json.dumps(stamp), encoding="utf-8")
     notes = publishing._shipped_notes(tmp_path / "get", {}, {})
     assert notes["recipe"] == dict(lr=0.002, steps=9, gamma=0.8)

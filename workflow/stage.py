@@ -16,6 +16,7 @@ def main():
     parser.add_argument("stage")
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--runs", type=Path)
+    parser.add_argument("--cores", type=int, help="threads at most")
     args = parser.parse_args()
     stages = select_stages(load_profile(args.root, args.profile), args.stage)
     stage, folder = stages[args.stage], runs_folder(args.root, args.profile, args.runs)
@@ -27,7 +28,7 @@ def main():
         print(f"{stage.name}: up to date")
         return
     print(f"{stage.name}: running ({reason})", flush=True)
-    stamp = run_stage(stage, stage_key(stage, folder), args.root, folder)
+    stamp = run_stage(stage, stage_key(stage, folder), args.root, folder, cores=args.cores)
     print(f"{stage.name}: done in {stamp['seconds']:.0f} s")
 
 

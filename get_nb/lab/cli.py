@@ -18,7 +18,7 @@ from .check import check_profile, check_text
 from .commands import MODEL_COMMANDS, Commands
 from .core import ConfigError, FileError, find_root, require
 from .pipeline import StageError, run_profile
-from .profiles import load_profile, select_stages
+from .profiles import is_wanted, load_profile, select_stages
 from .publishing import compare_tables, publish_profile, publish_redrawn, redraw
 from .stages import profile_runs, read_manifest, read_stamp, why_run
 from .surroundings import Terminated, catch_termination, find_home, release_termination
@@ -134,7 +134,7 @@ def _stage_states(root, profile, stage, group, runs, keep, fresh=False) -> list:
     stale, states = set(), []
     for s in select_stages(load_profile(root, profile), stage, group).values():
         stamp = read_stamp(folder / s.name) or published.get(s.name)
-        reason = "asked for" if fresh and stage in (None, s.name) else why_run(s, folder, keep)
+        reason = "asked for" if fresh and is_wanted(s, stage, group) else why_run(s, folder, keep)
         first = next((n for n in s.needs if n in stale), None)
         if reason or first:
             stale.add(s.name)

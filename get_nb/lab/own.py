@@ -279,6 +279,8 @@ def write_profile(name: str, data: str, root: Path, size: int = 0, quick: bool =
         FileError: a picture cannot be read
     """
     require(re.fullmatch(r"[\w-]+", name), f"name {name!r}: letters, digits, _ and -")
+    ours = f"name {name!r}: a profile of get_nb is named so, and the results would lie where its own do"
+    require(not (root / f"nbs/paper/profiles/{name}.yaml").exists(), f"{ours}; choose another name")
     path = Path(folder) / f"{name}.yaml"
     require(not path.exists(), f"{path}: is there already; choose another name, or remove it")
     require(data.startswith("folder:"), f"--data {data!r}: folder:PATH, the folder with a sub-folder for each class")

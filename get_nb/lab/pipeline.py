@@ -19,14 +19,13 @@ import time
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from filelock import FileLock, Timeout
 from tqdm.std import tqdm
 
 from .core import ConfigError, require
 from .files import atomic_path, write_json
-from .profiles import Stage, load_profile, select_stages
+from .profiles import Stage, is_wanted, load_profile, select_stages
 from .records import provenance
-from .stages import runs_folder, stage_key, stage_outputs, why_run
+from .stages import locked, runs_folder, stage_key, stage_outputs, why_run
 
 # %% ../../nbs/lab/39_pipeline.ipynb #1359ae06
 class StageError(RuntimeError):
@@ -133,10 +132,10 @@ def _empty(folder: Path):
         there = folder.is_dir()
         require(there, f"{folder} is in the way: it is no folder, or a link to none; remove it", StageError)
         for p in folder.iterdir():
-            if p.is_dir() and not p.is_symlink():
-                shutil.rmtree(p)
-            else:
-                p.unlink()
+            (shutil.rmtree if p.is_dir() and not p.is_symlink() else Path.unlink)(p)
+
+
+_BEGAN = ".began"  # written when a session begins: the seconds of those before it; no output
 
 
 def _prepare_folder(folder: Path, key: dict, fresh: bool):
@@ -152,24 +151,32 @@ def _prepare_folder(folder: Path, key: dict, fresh: bool):
             tmp.write_text(text, encoding="utf-8")
 
 
-@contextlib.contextmanager
-def _lock(path: Path, error: Exception):
-    "Hold a lock file; raise `error` if another process holds it."
-    lock = FileLock(path, timeout=0)
+def _seconds_before(folder: Path) -> float:
+    "What earlier sessions of a half-finished stage took, up to the last file that each wrote."
+    began = folder / _BEGAN
     try:
-        lock.acquire()
-    except Timeout:
-        raise error from None
-    except (OSError, NotImplementedError) as e:
-        advice = "name a folder on another file system with --runs"
-        raise ConfigError(f"{path}: cannot be locked ({getattr(e, 'strerror', e)}); {advice}") from None
-    try:
-        yield
-    finally:
-        lock.release()
+        before = float(began.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
+    last = max(p.stat().st_mtime for p in folder.rglob("*") if p.is_file())
+    return before + last - began.stat().st_mtime
 
 # %% ../../nbs/lab/39_pipeline.ipynb #52313c16
-def run_stage(stage: Stage, key: dict, root: Path, runs: Path, fresh: bool = False, records: Path = None) -> dict:
+def _given(stage: Stage, runs: Path, records: Path, cores: int) -> dict:
+    "What a stage's notebook is run with: its parameters, and what only says where and how."
+    given = dict(stage.params, out=str(runs / stage.name))
+    if stage.inputs:
+        given["inputs"] = {role: str(runs / name) for role, name in stage.inputs.items()}
+    if stage.draws:
+        given |= dict(rows=stage.rows, records=str(records or runs))
+    if cores and "threads" in given:
+        given["threads"] = cores_of(stage, cores)
+    return given
+
+
+def run_stage(
+    stage: Stage, key: dict, root: Path, runs: Path, fresh: bool = False, records: Path = None, cores: int = None
+) -> dict:
     """Run one stage and stamp it.
 
     Args:
@@ -179,27 +186,26 @@ def run_stage(stage: Stage, key: dict, root: Path, runs: Path, fresh: bool = Fal
         runs: the profile's folder of runs
         fresh: start from an empty folder even if the stage was interrupted with the same key
         records: folder of the records that a table or figure reads; by default `runs`
+        cores: threads at most; that is no part of the key. By default as many as the stage says
 
     Returns:
-        the stamp
+        the stamp; its seconds are those of all sessions with this key
 
     Raises:
         StageError: it failed, or another process runs it
     """
     busy = StageError(f"stage {stage.name} is being run by another process; wait for it")
-    with _lock(runs / f".{stage.name}.lock", busy):
+    with locked(runs / f".{stage.name}.lock", busy):
         folder, began = runs / stage.name, time.monotonic()
         _prepare_folder(folder, key, fresh)
-        parameters = dict(stage.params, out=str(folder))
-        if stage.inputs:
-            parameters["inputs"] = {role: str(runs / name) for role, name in stage.inputs.items()}
-        if stage.draws:
-            parameters |= dict(rows=stage.rows, records=str(records or runs))
-        execute(stage, parameters, folder, root)
-        stamp = _stamp(stage, key, folder, round(time.monotonic() - began, 1))
+        before = _seconds_before(folder)
+        (folder / _BEGAN).write_text(str(before), encoding="utf-8")
+        execute(stage, _given(stage, runs, records, cores), folder, root)
+        stamp = _stamp(stage, key, folder, round(before + time.monotonic() - began, 1))
         nothing = f"stage {stage.name} failed: its notebook ended and left no file; see {folder / 'notebook.html'}"
         require(stamp["outputs"], nothing, StageError)
         write_json(folder / "stamp.json", stamp)
+        (folder / _BEGAN).unlink(missing_ok=True)
         shutil.rmtree(folder / "state", ignore_errors=True)  # checkpoints of a training that has ended
     return stamp
 
@@ -237,6 +243,8 @@ class _Schedule:
 
     def __init__(self, stages: dict, root: Path, runs: Path, cores: int, again: tuple, keep: bool, go_on=False):
         self.stages = stages
+        self.given = cores  # None: as many as the largest stage has threads
+        cores = cores or max(s.params.get("threads", 1) for s in stages.values()) or 1
         self.root, self.runs = root, runs
         self.cores, self.again, self.keep, self.go_on = cores, again, keep, go_on
         self.waiting = dict(stages)
@@ -278,7 +286,7 @@ class _Schedule:
 
         def work():
             try:
-                outcome = run_stage(s, key, self.root, self.runs, again)
+                outcome = run_stage(s, key, self.root, self.runs, again, cores=self.given)
             except BaseException as e:
                 outcome = e
             self.ended.put((s.name, outcome))
@@ -360,9 +368,9 @@ def run_profile(
         profile: its name, or a yaml file
         stage: only this one, and what it needs
         group: only this group, and what it needs
-        fresh: run what is selected even if it is up to date
+        fresh: run what is selected even if it is up to date, but not what that needs
         runs: folder for runs; by default runs/ in the clone
-        cores: to share among stages; by default as many as the largest has threads
+        cores: to share among stages, none of which gets more threads; by default as many as the largest has threads
         keep: keep finished stages whose code alone has changed or whose weights are elsewhere, and say so
         go_on: after a failure run what does not need the stage that failed
 
@@ -375,11 +383,10 @@ def run_profile(
     """
     stages = select_stages(load_profile(root, profile), stage, group)
     folder = runs_folder(root, profile, runs)
-    cores = cores or max(s.params.get("threads", 1) for s in stages.values()) or 1
-    again = tuple(n for n in stages if fresh and stage in (None, n))
+    again = tuple(n for n, s in stages.items() if fresh and is_wanted(s, stage, group))
     todo = _Schedule(stages, root, folder, cores, again, keep, go_on)
     busy = ConfigError(f"{folder} is in use by another run; wait for it, or name another folder with --runs")
-    with _lock(folder / ".lock", busy), contextlib.chdir(root):
+    with locked(folder / ".lock", busy), contextlib.chdir(root):
         _register_engine()
         _run_all(todo)
     for error in todo.errors[1:]:

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['code_hash', 'imported_modules', 'code_hashes', 'is_record', 'stage_outputs', 'read_stamp', 'read_manifest',
-           'record_hashes', 'stage_key', 'why_run', 'profile_note', 'refuse_other', 'profile_runs', 'runs_folder']
+           'record_hashes', 'stage_key', 'why_run', 'profile_note', 'refuse_other', 'profile_runs', 'runs_folder',
+           'locked']
 
 # %% ../../nbs/lab/37_stages.ipynb #b03d5c05
 import ast
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +18,8 @@ import tempfile
 from pathlib import Path
 
 import get_nb
+from filelock import FileLock, Timeout
+
 from .core import ConfigError, FileError, in_clone, require
 from .files import sha256_file
 from .parameters import code_cells, declared_parameters
@@ -59,16 +63,26 @@ def _lazy_names() -> dict:
     return {a.name: n.module for n in stub.body if isinstance(n, ast.ImportFrom) for a in n.names}
 
 
-def _imported_names(node, package: str) -> set:
-    "What one node of a syntax tree takes from get_nb, with full names; functions among them do no harm."
-    if isinstance(node, ast.Import):
-        return {a.name for a in node.names}
-    if isinstance(node, ast.ImportFrom):
-        above = package.split(".")[: 1 - node.level or None] if node.level else []
-        base = ".".join([*above, *([node.module] if node.module else [])])
-        return {base} | {f"{base}.{a.name}" for a in node.names}
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "get_nb":
-        return {f"get_nb.{node.attr}"}  # get_nb.create_model after `import get_nb`
+def _statements(tree, package: str):
+    "What the import statements of some code take: (full name, name in the code), of the package itself ('') too."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for a in node.names:
+                yield a.name, a.asname or ""
+                yield a.name.split(".")[0], "" if a.asname else a.name.split(".")[0]
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base, ""
+            yield from ((f"{base}.{a.name}", a.asname or a.name) for a in node.names)
+
+
+def _full_names(node, called: dict) -> set:
+    "What `g.lab.core` may be where `g` is called so: {'get_nb.lab.core'}; functions among them do no harm."
+    if isinstance(node, ast.Name):
+        return called.get(node.id, set())
+    if isinstance(node, ast.Attribute):
+        return {f"{name}.{node.attr}" for name in _full_names(node.value, called)}
     return set()
 
 
@@ -83,9 +97,10 @@ def imported_modules(source: str, package: str = "get_nb") -> frozenset:
     Returns:
         names of modules below get_nb, such as "solvers" or "lab.core", of which a file exists
     """
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        names |= _imported_names(node, package)
+    tree, called = ast.parse(source), {}
+    for full, name in _statements(tree, package):
+        called.setdefault(name, set()).add(full)
+    names = set().union(*called.values(), *(_full_names(node, called) for node in ast.walk(tree)))
     if "get_nb.*" in names:
         names |= {f"get_nb.{name}" for name in _lazy_names()}
     below = {n.removeprefix("get_nb.") for n in names if n.startswith("get_nb.")}
@@ -156,9 +171,10 @@ def stage_outputs(folder: Path, known: dict = None) -> dict:
     """
     out = {}
     for p in sorted(folder.rglob("*")):
-        name, s = p.relative_to(folder).as_posix(), p.stat()
+        name = p.relative_to(folder).as_posix()
         if not p.is_file() or name in _IGNORED or name.startswith(("state/", ".")):
             continue
+        s = p.stat()
         old = (known or {}).get(name, {})
         same = old.get("size") == s.st_size and old.get("mtime") == s.st_mtime_ns
         out[name] = dict(sha256=old["sha256"] if same else sha256_file(p), size=s.st_size, mtime=s.st_mtime_ns)
@@ -179,7 +195,7 @@ def read_stamp(folder: Path) -> dict | None:
         return None
     try:
         stamp = json.loads(path.read_text(encoding="utf-8"))
-        complete = {"key", "outputs"} <= stamp.keys()
+        complete = {"key", "outputs", "seconds"} <= stamp.keys()
     except (ValueError, AttributeError):
         complete = False
     if complete:
@@ -257,7 +273,8 @@ def _content(key: str, given) -> str:
     path = in_clone(Path(re.sub(r"@\d+$", "", given.removeprefix("folder:"))).expanduser())
     if key == "file" and given in shipped_names() and not path.exists():
         path = shipped_folder() / given
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
+    inside = [*path.glob("*"), *path.glob("*/*")]  # a class folder may be a link, and nothing deeper is read
+    files = sorted(p for p in (inside if path.is_dir() else [path]) if p.is_file())
     named = [(p.relative_to(path).as_posix(), p, p.stat()) for p in files]
     hidden = re.compile(r"(^|/)\.")  # what begins with a dot is no data
     found = [(n, _digest(p, s.st_size, s.st_mtime_ns)) for n, p, s in named if n == "." or not hidden.search(n)]
@@ -415,3 +432,31 @@ def runs_folder(root: Path, profile: str, runs=None) -> Path:
         hint = "free it, or name another folder with --runs"
         raise ConfigError(f"cannot write to {folder}: {e.strerror}; {hint}") from None
     return folder.resolve()
+
+# %% ../../nbs/lab/37_stages.ipynb #7d1f3c52
+@contextlib.contextmanager
+def locked(path: Path, error: Exception):
+    """Hold a lock file while the block runs.
+
+    Args:
+        path: of the lock file; it stays there
+        error: what to raise if another process holds it
+
+    Yields:
+        nothing
+
+    Raises:
+        Exception: `error`
+    """
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise error from None
+    except (OSError, NotImplementedError) as e:
+        advice = "name a folder on another file system with --runs"
+        raise ConfigError(f"{path}: cannot be locked ({getattr(e, 'strerror', e)}); {advice}") from None
+    try:
+        yield
+    finally:
+        lock.release()

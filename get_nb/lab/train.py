@@ -189,7 +189,7 @@ def _settle(run: Run, pending: list):
             said = ", ".join([f"{k} {v}" for k, v in scalars.items()] + [f"gradient norm {n}" for n in norms])
             return step, said
         run.window.append(scalars)
-        if len(run.window) == run.cfg.log_every:
+        if len(run.window) >= run.cfg.log_every:  # more, where a resumed run has a shorter window than before
             for k, v in dict(step=step + 1, **window_means(run.window)).items():
                 run.curve.setdefault(k, []).append(v)
             run.window.clear()
@@ -345,7 +345,7 @@ def train_method(
         if run.processes.world == 1 or isinstance(e, TrainingError):
             raise
         reason = f"process {run.processes.rank} failed after step {run.step}, or another one did before it"
-        first_line = str(e).splitlines()[0]
+        first_line = (str(e) or type(e).__name__).splitlines()[0]
         raise TrainingError(f"{desc}: {reason} ({first_line}); {last_good(run.folder)}. Rerun to resume") from e
     return run
 
