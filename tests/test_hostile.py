@@ -29,10 +29,11 @@ from get_nb.lab.released import load_edm_pickle, load_reference_get
 from get_nb.lab.checkpoints import load_checkpoint
 from get_nb.lab.core import FileError, UnsafeFileError
 from get_nb.lab.files import save_tensors
-from get_nb.lab.folders import cifar_batch
+from get_nb.lab.cifar import cifar_batch
 from get_nb.lab.checkpoints import create_model
 from get_nb.lab.generation import merge_pairs
-from get_nb.lab.store import PairDataset, pairs_info, verify_pairs
+from get_nb.lab.manifest import pairs_info
+from get_nb.lab.store import PairDataset, verify_pairs
 from get_nb.lab.archives import read_torch
 from get_nb.lab.checkpoints import create_teacher
 

@@ -19,7 +19,8 @@ from get_nb.lab.core import ConfigError, seed_everything
 from get_nb.lab.data import load_data
 from get_nb.lab.checkpoints import load_checkpoint
 from get_nb.lab.core import FileError
-from get_nb.lab.folders import load_cifar10, load_folder
+from get_nb.lab.cifar import load_cifar10
+from get_nb.lab.folders import load_folder
 from get_nb.lab.checkpoints import create_model
 from get_nb.lab.generation import merge_pairs
 from get_nb.lab.store import PairDataset

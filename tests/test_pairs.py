@@ -17,7 +17,8 @@ from get_nb.lab.cli import main
 from get_nb.lab.core import FileError
 from get_nb.lab.files import load_tensors
 from get_nb.lab.generation import merge_pairs
-from get_nb.lab.store import PairDataset, read_pairs_manifest, verify_pairs
+from get_nb.lab.manifest import read_pairs_manifest
+from get_nb.lab.store import PairDataset, verify_pairs
 from get_nb.pairs import draw_noise
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .core import FileError, UnsafeFileError
+from .core import FileError, UnsafeFileError, require
+from .files import refuse_pointer
 from .pickles import STORAGES, TORCH, Node, Token, read_pickle, short, whole
 
 # %% ../../nbs/lab/06_archives.ipynb #a8d1d390
@@ -351,6 +352,10 @@ def _carry_out(v: Node, where: str):
     """
     a, bare = v.args, v.state is None and not v.items
     if v.name == "torch._utils._rebuild_tensor_v2" and bare and len(a) >= 4:
+        advice = "save x.resolve_neg() or x.resolve_conj()"
+        require(
+            not any(a[6:]), f"{where}: a tensor with flags (negative or conjugate), not its values; {advice}", FileError
+        )
         return _view(*a[:4], where)
     if v.name == "torch._utils._rebuild_parameter" and bare and a and isinstance(a[0], torch.Tensor):
         return a[0]
@@ -379,9 +384,10 @@ def read_torch(path, keep: bool = False):
         UnsafeFileError: it asks for more than tensors and plain values
         FileError: missing, damaged, or no torch file
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileError(f"{path}: no such file")
+    refuse_pointer(path)
     memory = _map_file(path)
     if memory[:4] == b"PK\x03\x04":
         return _read_zip(path, str(path), keep)

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .cifar import data_folder
 from .core import ConfigError, FileError, UnreadableFileError, require
-from .folders import data_folder, resplit
+from .folders import resplit
 from .images import ImageSet
 
 # %% ../../nbs/lab/07a_clothes.ipynb #5c422ffa

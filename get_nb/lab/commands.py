@@ -73,7 +73,7 @@ def _sample(weights, n, seed, labels, iterations, steps, precision, out):
     get-nb sample digits-teacher --steps 18
     get-nb sample runs/cpu/get/student.safetensors --label 3 --label 7
     """
-    require(Path(out).suffix in (".png", ".npz"), f"--out {out}: a .png or .npz file")
+    require(Path(out).suffix.lower() in (".png", ".npz"), f"--out {out}: a .png or .npz file")
     from get_nb.lab.evaluate import sample_to_file
 
     sample_to_file(weights, out, n, seed, labels, n_iter=iterations, num_steps=steps, precision=precision)
@@ -156,7 +156,7 @@ def _import(file, out, download):
         click.echo(import_file(file, out))
         return
     from get_nb.lab.clothes import load_fashion
-    from get_nb.lab.folders import load_cifar10
+    from get_nb.lab.cifar import load_cifar10
 
     load = load_cifar10 if file == "cifar10" else load_fashion
     for split in ("train", "test"):
@@ -181,7 +181,7 @@ def _info(folder):
     \b
     get-nb pairs info runs/cpu/pairs
     """
-    from get_nb.lab.store import pairs_info
+    from get_nb.lab.manifest import pairs_info
 
     click.echo(json.dumps(pairs_info(folder), indent=1))
 
@@ -194,7 +194,8 @@ def _verify(folder):
     \b
     get-nb pairs verify runs/cpu/pairs
     """
-    from get_nb.lab.store import read_pairs_manifest, verify_pairs
+    from get_nb.lab.manifest import read_pairs_manifest
+    from get_nb.lab.store import verify_pairs
 
     wrong, shards = verify_pairs(folder, afresh=True), len(read_pairs_manifest(folder)["shards"])
     require(not wrong, f"{len(wrong)} of {shards} shards are damaged: {'; '.join(wrong)}", FileError)

@@ -161,9 +161,8 @@ def nearest(word: str, options) -> str:
         "; did you mean 'x'?", or "; choose from ..." when no name is close
     """
     options = [str(o) for o in options]
-    close = difflib.get_close_matches(str(word), options, n=1, cutoff=0.6)
-    if not close:
-        close = [o for o in options if o.lower() == str(word).lower()]
+    close = [o for o in options if o.lower() == str(word).lower()]
+    close = close or difflib.get_close_matches(str(word), options, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; choose from {', '.join(sorted(options)) or '(none)'}"
@@ -421,7 +420,7 @@ def find_root(start=None) -> Path:
     Raises:
         ConfigError: there is none
     """
-    start = Path(start or os.environ.get("GET_NB_ROOT") or ".").resolve()
+    start = Path(start or os.environ.get("GET_NB_ROOT") or ".").expanduser().resolve()
     for p in (start, *start.parents):
         if (p / "settings.ini").is_file() and (p / "nbs" / "paper").is_dir():
             return p
@@ -452,7 +451,7 @@ def in_clone(path) -> Path:
     Raises:
         ConfigError: the path is relative and there is no clone
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     return path if path.is_absolute() or path.exists() else find_root() / path
 
 # %% ../../nbs/lab/00_core.ipynb #96700f1b

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from .core import ConfigError, FileError, nearest, require
+from .files import refuse_pointer
 from ..precond import EDMPrecond
 
 # %% ../../nbs/lab/22_diffusers.ipynb #364bbd80
@@ -147,7 +148,7 @@ def _read_part(folder: Path, part: str, name: str) -> dict:
     path = _first_file(folder, part, name)
     require(path is not None, f"{folder}: not a diffusers pipeline: it has no {part}/{name}", FileError)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as e:
         raise FileError(f"{path}: not a json object ({e})") from None
     require(isinstance(config, dict), f"{path}: not a json object", FileError)
@@ -168,6 +169,25 @@ def _newer_names(weights: dict) -> dict:
     return {newer(k): v for k, v in weights.items()}
 
 # %% ../../nbs/lab/22_diffusers.ipynb #5279c8f6
+def _other_weights(folder: Path) -> str:
+    "What to do where the file of weights is missing: there may be others."
+    part = next((p for p in (*folder.glob("unet/*.safetensors"), *folder.glob("*.safetensors"))), None)
+    if part is None:
+        return "other weight files are pickles: save it again with safe_serialization=True"
+    return f"one whole file is needed, {part.name} is a part or a variant: save it again without variant, in one shard"
+
+
+def _side(unet: dict, folder) -> int:
+    "Pixels per side of the images that a network makes; FileError if that is not one number."
+    size = unet.get("sample_size")
+    side = size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
+    one = type(side) is int and side > 0
+    require(
+        one, f"{folder}: unet: sample_size = {size!r}: a whole number is needed, or a pair of equal ones", FileError
+    )
+    return side
+
+
 def load_diffusers(folder):
     """A teacher from a saved diffusers pipeline: unet/ with safetensors weights, scheduler/.
 
@@ -184,7 +204,7 @@ def load_diffusers(folder):
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     unet = _read_part(folder, "unet", "config.json")
     scheduler = _read_part(folder, "scheduler", "scheduler_config.json")
     index = folder / "model_index.json"
@@ -193,11 +213,11 @@ def load_diffusers(folder):
         scheduler = scheduler | dict(_class_name=named[1]) if isinstance(named, list) and len(named) == 2 else scheduler
     kind, weights = unet.get("_class_name"), _first_file(folder, "unet", "diffusion_pytorch_model.safetensors")
     require(kind == "UNet2DModel", f"{folder}: its network is {kind!r}; only UNet2DModel is supported", FileError)
-    advice = "other weight files are pickles: save it again with safe_serialization=True"
-    require(weights, f"{folder}: has no diffusion_pytorch_model.safetensors; {advice}", FileError)
+    require(weights, f"{folder}: has no diffusion_pytorch_model.safetensors; {_other_weights(folder)}", FileError)
+    refuse_pointer(weights)
     classes = unet.get("num_class_embeds") or 0
     try:
-        sizes = dict(num_classes=classes, image_size=unet["sample_size"], channels=unet["in_channels"])
+        sizes = dict(num_classes=classes, image_size=_side(unet, folder), channels=unet["in_channels"])
         teacher = create_diffusers_teacher(unet=unet, scheduler=scheduler, **sizes)
         found = teacher.model.load_state_dict(_newer_names(load_file(weights)), strict=False)
     except ConfigError:

@@ -16,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 
 from .choices import choices_file, machine, remembered
+from .cifar import CIFAR_FILES, data_folder
 from .clothes import find_fashion
 from .core import ConfigError, FileError, find_root
-from .folders import CIFAR_FILES, data_folder
 from .profiles import load_profile
 from .weights import WEIGHTS, find_weights
 

@@ -122,8 +122,8 @@ _GENERATORS = ("model", "one-step", *_TEACHERS)  # builders of whatever makes im
 
 def _load_kind(path, kinds: tuple, what: str):
     "A model from own .safetensors, released .pth (GET) or .pkl (EDM); refused unless one of these builders made it."
-    load = {".pth": load_reference_get, ".pkl": load_edm_pickle}.get(Path(path).suffix, load_checkpoint)
-    model = load(path)
+    released = dict.fromkeys((".pth", ".pt", ".ckpt"), load_reference_get) | {".pkl": load_edm_pickle}
+    model = released.get(Path(path).suffix.lower(), load_checkpoint)(path)
     builder = model.config["builder"]
     require(builder in kinds, f"{path}: holds a {builder}, {what}")
     return model
@@ -218,11 +218,11 @@ def evaluate_checkpoint(
     sources = features if isinstance(features, list) else [features]
     _refuse_misfits(model, path, sources, statistics, unconditional or steps)
     networks = [load_features(f, device) for f in sources]
-    kinds = [n.kind for n in networks]
-    most = _SAMPLES["effnet"] if "effnet" in kinds else 0
+    most = _SAMPLES["effnet"] if any(n.kind == "effnet" for n in networks) else 0
     name, train, test = load_references(_shape_of(model), data, statistics or {}, path, most)
+    _refuse_other_data(sources, name)
     cfg = EvalConfig(
-        samples=samples or max(_SAMPLES.get(k, 5000) for k in kinds),
+        samples=samples or max(_SAMPLES.get(n.kind, 5000) for n in networks),
         batch_size=batch_size,
         num_steps=steps or 18,
         conditional=not unconditional and bool(model.config["num_classes"]),
@@ -232,6 +232,17 @@ def evaluate_checkpoint(
     return evaluate(model, cfg, train, test, networks, name, formulation, spread)[0]
 
 # %% ../../nbs/lab/31_evaluate.ipynb #9c1016bd
+def _refuse_other_data(sources: list, name: str):
+    "Refuse a classifier that was trained on another data set than the one whose name the distance will bear."
+    from get_nb.lab.effnet import is_effnet  # as in load_references
+
+    for source in sources:
+        if source != "inception" and not is_effnet(source):
+            learnt = str(load_checkpoint(source).meta.get("data") or name).partition("/")[0]
+            advice = "name its data with --data, or another classifier"
+            require(learnt == name, f"{source}: a classifier of {learnt!r}, compared with {name!r}: {advice}")
+
+
 def _refuse_misfits(model, path, sources: list, statistics, teachers_only):
     "Refuse options of evaluate_checkpoint that do not fit the model, or each other."
     from get_nb.lab.effnet import is_effnet  # as in load_references
@@ -353,7 +364,7 @@ def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):
     iterations_fit = "n_iter" not in how or isinstance(model, GET)
     require(iterations_fit, f"{checkpoint}: {c['name']} does not iterate; --iterations is for GETs")
     require_whole("n", n)
-    ending = Path(out).suffix
+    ending = Path(out).suffix.lower()
     require(ending in (".png", ".npz"), f"{out}: images are written as .png (a grid) or .npz, not {ending or 'this'}")
     chosen = _labels_for(model, labels, n, checkpoint) if labels else None
     formulation = sampling_formulation(model, how.get("precision", "float32"))
@@ -365,7 +376,7 @@ def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):
         made = generate(model, noise, y[-1] if c["num_classes"] else None, formulation=formulation, **how)
         images.append(finite_bytes(made, some, checkpoint))
     with atomic_path(out) as tmp:
-        _save_images(torch.cat(images).numpy(), torch.cat(y).numpy(), np.array(seeds), tmp, str(out).endswith(".npz"))
+        _save_images(torch.cat(images).numpy(), torch.cat(y).numpy(), np.array(seeds), tmp, ending == ".npz")
 
 # %% ../../nbs/lab/31_evaluate.ipynb #31ba7f5d
 def _save_images(images, labels, seeds, path, arrays: bool):

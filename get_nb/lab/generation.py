@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from .core import FileError, UnreadableFileError, progress, require, require_config, require_model
 from .files import atomic_path, load_tensors, save_tensors, write_json
 from .images import check_finite
-from .store import read_pairs_manifest, remembered_digests, shard_digest, verify_pairs, write_pairs_manifest
+from .manifest import read_pairs_manifest, remembered_digests, shard_digest, write_pairs_manifest
+from .store import verify_pairs
 from ..pairs import PairsConfig, sample_pairs
 from ..sampler import num_evaluations
 
@@ -173,7 +174,7 @@ def generate_pairs(denoiser, folder, cfg: PairsConfig) -> dict:
     """
     require_model("denoiser", denoiser)
     require_config(cfg, PairsConfig)
-    folder, known = Path(folder), getattr(denoiser, "num_classes", cfg.num_classes)
+    folder, known = Path(folder).expanduser(), getattr(denoiser, "num_classes", cfg.num_classes)
     classes = f"num_classes = {cfg.num_classes}: labels are drawn from so many classes, the teacher knows {known}"
     require(cfg.num_classes <= known, classes)
     folder.mkdir(parents=True, exist_ok=True)
@@ -210,7 +211,7 @@ def _link_or_copy(source: Path, target: Path):
     "The same file under another name, or a copy of it on another file system."
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # a link itself may lead nowhere from there
     except OSError:
         with atomic_path(target) as tmp:
             shutil.copyfile(source, tmp)
@@ -230,9 +231,10 @@ def merge_pairs(folders, target) -> dict:
         ConfigError: no folders
         FileError: the target is not empty; or the folders differ in recipe, share seeds, have none, or are damaged
     """
-    target, parts = Path(target), [(Path(f), read_pairs_manifest(f)) for f in folders]
+    folders = [Path(f).expanduser() for f in folders]
+    target, parts = Path(target).expanduser(), [(f, read_pairs_manifest(f)) for f in folders]
     require(parts, "no folders to merge: name at least one")
-    empty = not target.exists() or not any(target.iterdir())
+    empty = not target.exists() or all(p.name.startswith(".") for p in target.iterdir())
     require(empty, f"{target}: not empty; name a new folder to merge into", FileError)
     _check_parts(parts)
     shards = sorted(((f, s) for f, m in parts for s in m["shards"]), key=lambda part: part[1]["first_seed"])

@@ -16,7 +16,7 @@ from .archives import MAGIC, read_torch
 from .checkpoints import load_checkpoint
 from .core import ConfigError, FileError, progress, require_whole
 from .diffusers import load_diffusers
-from .files import load_tensors, save_checkpoint, save_tensors, sha256_file, write_json
+from .files import load_tensors, refuse_pointer, save_checkpoint, save_tensors, sha256_file, write_json
 from .released import finite_tensors, load_edm_pickle, load_reference_get
 from .shipped import find_checkpoint, shipped_names
 
@@ -34,7 +34,7 @@ def _numbered(folder: Path) -> dict:
         FileError: a name without a number, or two with the same
     """
     out = {}
-    for path in sorted(folder.glob("*.pkl")):
+    for path in sorted(p for p in folder.glob("*.pkl") if not p.name.startswith(".")):
         number = re.findall(r"\d+", path.stem)[-1:]
         if not number:
             raise FileError(f"{path}: its name holds no number, so its place among the pairs is not known")
@@ -56,7 +56,7 @@ def _pair_files(src) -> list:
     Raises:
         FileError: a file is missing, or has no number
     """
-    latent, image = _numbered(Path(src) / "latent"), _numbered(Path(src) / "image")
+    latent, image = (_numbered(Path(src).expanduser() / part) for part in ("latent", "image"))
     if not latent or not image:
         raise FileError(f"{src}: not a folder of released pairs: it needs latent/*.pkl and image/*.pkl")
     for n in sorted(latent.keys() ^ image.keys()):
@@ -192,7 +192,7 @@ def import_reference_pairs(src, folder, shard_size: int = 1250) -> dict:
         FileError: a file is missing, damaged, of another shape, or changed while it was read
     """
     require_whole("shard_size", shard_size)
-    folder, files, shards, same = Path(folder), _pair_files(src), [], None
+    folder, files, shards, same = Path(folder).expanduser(), _pair_files(src), [], None
     for latent, image in progress(files, desc="import pairs"):
         before = _stamps((latent, image))
         e, onehot, x = _read_pair_files(latent, image)
@@ -229,7 +229,7 @@ def recognise(path) -> str:
     """
     if str(path) in shipped_names() and not Path(path).exists():
         return "shipped"
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         if (path / "latent").is_dir() and (path / "image").is_dir():
             return "pairs"
@@ -241,6 +241,7 @@ def recognise(path) -> str:
     if not path.is_file():
         find_checkpoint(path)  # names the shipped weights that may be meant
         raise FileError(f"{path}: no such file")
+    refuse_pointer(path)
     with open(path, "rb") as f:
         head = f.read(64)
     if head[:4] == b"PK\x03\x04" or MAGIC.to_bytes(10, "little") in head:
@@ -267,8 +268,10 @@ def import_file(path, out=None) -> str:
         FileError: damaged, or none of these layouts
         ConfigError: the target exists, or has the wrong ending
     """
-    kind, path = recognise(path), Path(path)
-    out = Path(out or (f"{path.resolve().name}-imported" if kind == "pairs" else f"{path.stem}.safetensors"))
+    kind, path = recognise(path), Path(path).expanduser()
+    out = Path(
+        out or (f"{path.resolve().name}-imported" if kind == "pairs" else f"{path.stem}.safetensors")
+    ).expanduser()
     if kind == "pairs":
         if out.resolve() == path.resolve():
             raise ConfigError(f"--out {out}: is the folder that is imported; name another")

@@ -350,18 +350,8 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
     return out | _against_images(g["features"], r["features"], network.device)
 
 # %% ../../nbs/lab/14_metrics.ipynb #2dabe833
-_NOT_NUMBERS = (
-    OSError,
-    ValueError,
-    LookupError,
-    EOFError,
-    MemoryError,
-    ArithmeticError,
-    NotImplementedError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)  # what zipfile and numpy raise over damaged and hostile files
+_NOT_NUMBERS = (OSError, ValueError, LookupError, EOFError, MemoryError, ArithmeticError, NotImplementedError)
+_NOT_NUMBERS += (RuntimeError, zipfile.BadZipFile, zlib.error)  # what zipfile and numpy raise over damaged files
 _LARGEST = 2**29  # bytes unpacked; 2,048 features need 34 million
 
 
@@ -388,6 +378,15 @@ def _whole(half, d: int):
     return sigma + np.triu(sigma, 1).T
 
 
+def _no_covariance(sigma) -> str:
+    "Why a matrix (d, d) is no covariance; '' if it is one, up to the rounding of float32."
+    symmetric = np.allclose(sigma, sigma.T, atol=1e-6 * abs(sigma).max())
+    if not symmetric or (sigma.diagonal() < 0).any():
+        return "not symmetric, or a negative variance"
+    variances = np.linalg.eigvalsh(sigma)
+    return "" if variances[0] >= -1e-4 * variances[-1] else f"{variances[0]:.3g} is the variance along one direction"
+
+
 def load_statistics(path) -> dict:
     """Precomputed statistics of a reference set, an npz file with `mu` and `sigma` [NVlabs/edm, pytorch-fid].
 
@@ -400,7 +399,8 @@ def load_statistics(path) -> dict:
     Raises:
         FileError: no such file, not an npz file of numbers, or not the mean and covariance of a Gaussian
     """
-    require(Path(path).is_file(), f"{path}: no such file", FileError)
+    path = Path(path).expanduser()
+    require(path.is_file(), f"{path}: no such file", FileError)
     s, said = _read_mu_sigma(path)
     real = all(v.dtype.kind in "fiu" for v in s.values())
     require(real, f"{path}: mu and sigma are not real numbers", FileError)
@@ -412,8 +412,8 @@ def load_statistics(path) -> dict:
         raise FileError(f"{path}: mu has shape {mu.shape} and sigma {sigma.shape}; should be (d,) and (d, d)")
     finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
     require(finite, f"{path}: contains values that are not numbers (NaN or infinity)", FileError)
-    covariance = np.allclose(sigma, sigma.T, atol=1e-6 * abs(sigma).max()) and (sigma.diagonal() >= 0).all()
-    require(covariance, f"{path}: sigma is not a covariance: not symmetric, or a negative variance", FileError)
+    fault = _no_covariance(sigma)
+    require(not fault, f"{path}: sigma is not a covariance: {fault}", FileError)
     if said is None:
         return s
     require(isinstance(said, dict), f"{path}: what it says about itself is not a description", FileError)

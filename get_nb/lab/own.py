@@ -104,7 +104,8 @@ def look_at(path, size: int = 0, gpu: bool = False) -> Look:
         Look
 
     Raises:
-        ConfigError: no such folder, no pictures in it, fewer than two classes, or fewer than five pictures in one
+        ConfigError: no such folder, no pictures in it, fewer than two classes, fewer than five pictures in one, or all
+            of one colour
         FileError: a picture cannot be read
     """
     path = Path(path).expanduser().resolve()
@@ -121,7 +122,9 @@ def look_at(path, size: int = 0, gpu: bool = False) -> Look:
     side = _choose_side(sizes, size, gpu)
     images = everything if size else load_folder(path, "all", side)
     findings = _findings(sizes, images.images, counts, side)
-    return Look(path, side, images.shape, dict(counts), round(images.sigma_data, 3), findings)
+    sigma_data = round(images.sigma_data, 3)
+    require(sigma_data > 0, f"folder {path}: all pictures are of one and the same colour: there is nothing to learn")
+    return Look(path, side, images.shape, dict(counts), sigma_data, findings)
 
 # %% ../../nbs/lab/46b_own.ipynb #7785bdab
 def noise_levels(sigma_data: float, side: int) -> tuple:

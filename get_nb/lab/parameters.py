@@ -9,6 +9,7 @@ __all__ = ['read_yaml', 'code_cells', 'declared_parameters', 'accepts', 'check_p
 import ast
 import json
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,19 @@ class _OnceLoader(yaml.SafeLoader):
             require(name not in lines, f"{name!r} stands twice, in lines {lines.get(name)} and {line}; remove one")
             lines[name] = line
         return node
+
+
+# whole numbers and fractions as everybody reads them: for yaml 1.1, 010 is 8 and 1:30 is 90; here both are texts
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)",
+    "tag:yaml.org,2002:float": r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+][0-9]+)?|[-+]?\.inf|\.nan",
+}
+_OnceLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in _NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _OnceLoader.add_implicit_resolver(_tag, re.compile(f"^({_pattern})$", re.I), list("-+.0123456789"))
 
 
 def read_yaml(text: str, where: str):

@@ -63,6 +63,7 @@ TORCH = {f"torch.{s}" for s in STORAGES} | {  # what a file of torch.save needs
     "numpy.dtype",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
+    "_codecs.encode",  # bytes of a number of numpy, in protocol 2
 }
 ALLOWED = TORCH | {  # and an EDM pickle, which holds modules and nested torch files
     "torch.storage._load_from_bytes",

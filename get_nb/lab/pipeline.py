@@ -25,7 +25,7 @@ from .core import ConfigError, require
 from .files import atomic_path, write_json
 from .profiles import Stage, is_wanted, load_profile, select_stages
 from .records import provenance
-from .stages import locked, runs_folder, stage_key, stage_outputs, why_run
+from .stages import BEGAN, begin_session, locked, runs_folder, stage_key, stage_outputs, why_run
 
 # %% ../../nbs/lab/39_pipeline.ipynb #1359ae06
 class StageError(RuntimeError):
@@ -116,6 +116,8 @@ def execute(stage: Stage, parameters: dict, folder: Path, cwd: Path):
     except DeadKernelError:
         hint = f"(out of memory? see {log}); rerun the same command to resume from the last checkpoint"
         raise StageError(f"{failed} its kernel died {hint}") from None
+    except RuntimeError as e:
+        raise StageError(f"{failed} its kernel did not start ({' '.join(str(e).split())[:200]}); see {log}") from None
     except OSError as e:
         raise StageError(f"{failed} {e}; fix this and rerun the same command to resume") from None
     finally:
@@ -136,9 +138,6 @@ def _empty(folder: Path):
                 p.unlink()
 
 
-_BEGAN = ".began"  # written when a session begins: the seconds of those before it; no output
-
-
 def _prepare_folder(folder: Path, key: dict, fresh: bool):
     "Keep a half-finished stage with the same key; else start with an empty folder."
     path, text = folder / "key.json", json.dumps(key, sort_keys=True)
@@ -151,16 +150,6 @@ def _prepare_folder(folder: Path, key: dict, fresh: bool):
         with atomic_path(path) as tmp:
             tmp.write_text(text, encoding="utf-8")
 
-
-def _seconds_before(folder: Path) -> float:
-    "What earlier sessions of a half-finished stage took, up to the last file that each wrote."
-    began = folder / _BEGAN
-    try:
-        before = float(began.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0.0
-    last = max(p.stat().st_mtime for p in folder.rglob("*") if p.is_file())
-    return before + last - began.stat().st_mtime
 
 # %% ../../nbs/lab/39_pipeline.ipynb #52313c16
 def _given(stage: Stage, runs: Path, records: Path, cores: int) -> dict:
@@ -212,14 +201,13 @@ def run_stage(
     with stage_lock(stage, runs):
         folder, began = runs / stage.name, time.monotonic()
         _prepare_folder(folder, key, fresh)
-        before = _seconds_before(folder)
-        (folder / _BEGAN).write_text(str(before), encoding="utf-8")
+        before = begin_session(folder)
         execute(stage, _given(stage, runs, records, cores), folder, root)
         stamp = _stamp(stage, key, folder, round(before + time.monotonic() - began, 1))
         nothing = f"stage {stage.name} failed: its notebook ended and left no file; see {folder / 'notebook.html'}"
         require(stamp["outputs"], nothing, StageError)
         write_json(folder / "stamp.json", stamp)
-        (folder / _BEGAN).unlink(missing_ok=True)
+        (folder / BEGAN).unlink(missing_ok=True)
         shutil.rmtree(folder / "state", ignore_errors=True)  # checkpoints of a training that has ended
     return stamp
 
@@ -246,6 +234,12 @@ def cores_of(stage: Stage, cores: int) -> int:
     return min(threads, cores) if threads else cores
 
 # %% ../../nbs/lab/39_pipeline.ipynb #1b74d650
+def _tell(text: str):
+    "Print; that a log has gone away (a closed pipe, a full disk) is no reason to stop what runs."
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
 class _Schedule:
     "The stages of one run: which wait, which run, which have ended, and how."
 
@@ -263,7 +257,7 @@ class _Schedule:
         self.ended = SimpleQueue()  # (name, stamp or exception), put there by the threads
 
     def say(self, name: str, text: str):
-        print(f"{self.label(name)}: {text}", flush=True)
+        _tell(f"{self.label(name)}: {text}")
 
     def label(self, name: str) -> str:
         return f"[{list(self.stages).index(name) + 1}/{len(self.stages)}] {name}"
@@ -360,7 +354,7 @@ def _run_all(todo: _Schedule):
             bar.set_description_str(" | ".join(texts))
             reported = [text for text in texts if ": " in text]
             if reported and bar.disable and time.monotonic() - told >= _LOG_EVERY:
-                print("\n".join(reported), flush=True)
+                _tell("\n".join(reported))
                 told = time.monotonic()
             todo.wait(0.5)
             todo.start()

@@ -201,11 +201,14 @@ def _read_profile(root: Path, name: str) -> tuple:
         known = [p.stem for p in (root / "nbs/paper/profiles").glob("*.yaml")]
         raise ConfigError(f"unknown profile {name!r}{nearest(name, known)}")
     try:
-        spec = read_yaml(path.read_text(encoding="utf-8"), str(path))
+        spec = read_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{path}: not yaml: {e}") from None
+        raise ConfigError(f"{path}: not yaml: {e}; save it as UTF-8") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("stages"), dict):
         raise ConfigError(f"{path}: needs a mapping 'stages'")
+    for name in spec["stages"]:
+        text = isinstance(name, str)
+        require(text, f"{path}: yaml reads a stage's name as {name!r}, which is no text: put it in quotes")
     _check_shape(path, _ProfileSpec, spec)
     for key, value in spec["stages"].items():
         _check_shape(f"stage {key}", _StageSpec, value or {})

@@ -13,7 +13,7 @@ import torch
 from .archives import read_torch, resolve
 from .checkpoints import create_model, create_teacher
 from .core import ConfigError, FileError
-from .files import check_fit, fit_weights
+from .files import check_fit, fit_weights, refuse_pointer
 from .pickles import Node, read_pickle, short
 from ..presets import MODELS
 
@@ -94,8 +94,9 @@ def load_reference_get(path):
     if not isinstance(tree, dict) or "ema" not in tree:
         raise FileError(f"{path}: not a released GET: it has no 'ema'")
     state = finite_tensors(tree["ema"], path)
-    if all(k.startswith("module.") for k in state):
-        state = {k.removeprefix("module."): v for k, v in state.items()}
+    for wrapper in ("module.", "_orig_mod.", "module."):  # of DataParallel and torch.compile, in either order
+        if all(k.startswith(wrapper) for k in state):
+            state = {k.removeprefix(wrapper): v for k, v in state.items()}
     model = create_model(**find_preset(state, path))
     return fit_weights(model, state, path).eval()
 
@@ -259,9 +260,11 @@ def load_edm_pickle(path):
         UnsafeFileError: the file asks for more than the layout needs
         FileError: damaged, or another layout or network
     """
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileError(f"{path}: no such file")
-    tree = resolve(read_pickle(Path(path).read_bytes(), str(path)), str(path), {})
+    refuse_pointer(path)
+    tree = resolve(read_pickle(path.read_bytes(), str(path)), str(path), {})
     if not isinstance(tree, dict) or "ema" not in tree:
         raise FileError(f"{path}: not an EDM pickle: it has no 'ema'")
     name, state = _module_state(tree["ema"], path)

@@ -49,7 +49,7 @@ def find_checkpoint(given) -> Path:
     Raises:
         FileError: a name that is not shipped, or a folder without weights
     """
-    path = Path(given)
+    path = Path(given).expanduser()
     if path.is_dir():
         found = path / MODEL_FILE
         require(path.name and found.is_file(), f"{path}: a folder without {MODEL_FILE}; name a file", FileError)

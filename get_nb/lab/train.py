@@ -266,7 +266,7 @@ def _report(run: Run, watch, bar):
 
 def _loop(run: Run, watch, watch_every: int, asked: list):
     "Steps, and what happens between them."
-    cfg, pending, began = run.cfg, [], time.time() - run.seconds
+    cfg, pending, began = run.cfg, [], time.monotonic() - run.seconds
     every = cfg.log_every if run.device.type == "cuda" else 1
 
     def at(n):
@@ -286,7 +286,7 @@ def _loop(run: Run, watch, watch_every: int, asked: list):
                 pending.clear()
                 bar.n = run.step
                 continue
-            run.seconds = time.time() - began
+            run.seconds = time.monotonic() - began
             if at(watch_every) if watch_every else (len(run.curve["step"]) > points or run.step == cfg.steps):
                 _report(run, watch, bar)
             if run.folder and (at(cfg.checkpoint_every) or wish):

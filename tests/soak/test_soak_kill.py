@@ -22,7 +22,8 @@ import toy  # noqa: E402
 from get_nb.lab.core import FileError  # noqa: E402
 from get_nb.lab.files import load_tensors  # noqa: E402
 from get_nb.lab.generation import generate_pairs  # noqa: E402
-from get_nb.lab.store import PairDataset, read_pairs_manifest, verify_pairs  # noqa: E402
+from get_nb.lab.manifest import read_pairs_manifest  # noqa: E402
+from get_nb.lab.store import PairDataset, verify_pairs  # noqa: E402
 from get_nb.pairs import PairsConfig  # noqa: E402
 from get_nb.lab.state import checkpoints  # noqa: E402
 
