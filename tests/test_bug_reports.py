@@ -431,7 +431,7 @@ def test_a_kernel_that_does_not_start_and_a_folder_without_locks_are_one_line(cl
     def no_locks(*_, **__):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(pipeline.FileLock, "acquire", no_locks)
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
     with pytest.raises(ConfigError, match=r"runs/demo/.lock: cannot be locked \(No locks available\); .*--runs"):
         pipeline.run_profile(clone, "demo")
 

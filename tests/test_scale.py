@@ -14,6 +14,8 @@ from conftest import ROOT, get_nb, in_process
 from get_nb.lab.shapes import DRAWS, SHAPES, draw_numbers, make_shapes, render_shapes, shape_distance
 from get_nb.lab.profiles import load_profile
 from get_nb.lab.costs import data_of, stage_cost, teacher_cost
+from get_nb.lab.measured import measured_rates, published_nearest, published_same
+from get_nb.lab.price import price_table
 from get_nb.lab.stages import why_run
 
 
@@ -172,6 +174,39 @@ def test_the_container_and_the_cluster_profile_are_in_step():
     assert 11 <= int(version) <= 13
     slurm = yaml.safe_load((ROOT / "workflow/slurm/config.yaml").read_text(encoding="utf-8"))
     assert slurm["executor"] == "slurm" and slurm["default-resources"]["runtime"] > 0
+
+
+@pytest.mark.parametrize("profile", ["cpu", "fashion-laptop"])
+def test_a_published_profile_costs_on_its_own_machine_what_it_took(profile):
+    stages, rates = load_profile(ROOT, profile), measured_rates(ROOT / "results")
+    took = {machine: {m.stage: m.seconds for m in known if m.profile == profile} for machine, known in rates.items()}
+    for machine, seconds in took.items():
+        rows = price_table(stages, rates, machine)["rows"]
+        told = {r["stage"]: 3600 * r["hours"]["value"] for r in rows if r["stage"] in seconds}
+        large = [n for n, s in seconds.items() if s > 30 and machine.endswith(f"{stages[n].params['threads']} threads")]
+        assert not large or 2 / 3 < sum(told[n] for n in large) / sum(seconds[n] for n in large) < 3 / 2
+    assert sum(len(s) for s in took.values()) > 10
+
+
+def test_a_stage_that_was_not_published_is_told_by_the_nearest_in_size():
+    stages, rates = load_profile(ROOT, "cpu"), measured_rates(ROOT / "results")
+    for name in ("get", "vit", "vit_5x", "hybrid"):
+        for known in rates.values():
+            took = [m.seconds for m in known if m.profile == "cpu" and m.stage == name]
+            others = [m for m in known if m.stage != name]
+            cost = stage_cost(stages[name], stages, "digits")
+            if took:
+                told = 1e15 * cost["pflop"] / published_nearest(stages[name], cost, others).rate
+                assert 1 / 2 < told / took[0] < 2, name
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_published_stage_counts_as_the_same_only_if_what_it_reads_does_too(same):
+    stages, rates = load_profile(ROOT, "cpu"), measured_rates(ROOT / "results")
+    machine = next(k for k, known in rates.items() if any(m.stage == "evaluate_get" for m in known))
+    stages["get"].params["lr"] = stages["get"].params["lr"] if same else 0.5
+    found = published_same(stages["evaluate_get"], stages, rates, machine)
+    assert (found is not None) == same and (not same or found.profile == "cpu")
 
 
 def test_a_price_names_its_sources_and_refuses_what_it_does_not_know(capsys):

@@ -13,11 +13,12 @@ from conftest import ROOT
 from get_nb.lab import capture, publishing
 from get_nb.lab.classifier import create_classifier
 from get_nb.lab.core import ConfigError, FileError, torch_rng
-from get_nb.lab.costs import sampling_flop, stage_cost
+from get_nb.lab.costs import feature_flop, sampling_flop, stage_cost
 from get_nb.lab.evaluate import evaluate_checkpoint, sample_to_file
 from get_nb.lab.files import save_checkpoint
 from get_nb.lab.generation import generate_pairs, merge_pairs
 from get_nb.lab.metrics import compare, copy_share, load_features, load_statistics, nearest_training, save_statistics
+from get_nb.lab.measured import Measured
 from get_nb.lab.price import price_table, read_speeds
 from get_nb.lab.profiles import Stage, load_profile
 from get_nb.lab.records import read_record, save_record
@@ -262,18 +263,18 @@ def test_the_price_of_an_evaluation_counts_the_sweep_of_a_get():
     each = [sampling_flop("GET-digits/2", (), "digits", n) for n in (0, *stage.params["sweep"])]
     assert len(stage.params["sweep"]) > 1 and each[1] != each[2]
     cost = stage_cost(stage, stages, "digits")
-    assert cost["pflop"] == pytest.approx(stage.params["samples"] * sum(each) / 1e15)
+    seen = len(each) * feature_flop("classifier", "digits")
+    assert cost["pflop"] == pytest.approx(stage.params["samples"] * (sum(each) + seen) / 1e15)
     assert cost["evaluations"] == stage.params["samples"] * len(each)
 
 
 def test_a_stage_is_priced_at_its_own_threads():
     stages = {n: s for n, s in load_profile(ROOT, "cpu-full").items() if n == "teacher"}
-    rates = {"P, 1 threads": {"train unet": (1e9, "one")}, "P, 2 threads": {"train unet": (4e9, "two")}}
+    one, two = (Measured("p", "s", "teacher", {}, seconds, "train unet", 1e12, 1e6) for seconds in (1000, 250))
+    rates = {"P, 1 threads": [one], "P, 2 threads": [two], "H": [two]}
     table = price_table(stages, rates, "P, 2 threads")
-    assert stages["teacher"].params["threads"] == 1 and "P, 1 threads" in table["notes"][0]
-    assert "GPU" not in table["title"] and price_table(stages, {"H": rates["P, 2 threads"]}, "H")["notes"][0].count(
-        "on H"
-    )
+    assert stages["teacher"].params["threads"] == 1 and "1.0 GFLOP/s on P, 1 threads" in table["notes"][0]
+    assert "GPU" not in table["title"] and " on H" in price_table(stages, rates, "H")["notes"][0]
 
 
 def test_a_measured_share_is_predicted_back_at_the_batch_of_its_measurement(tmp_path):

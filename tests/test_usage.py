@@ -13,7 +13,7 @@ from conftest import ROOT
 from get_nb.lab import cli, launch
 from get_nb.lab.core import ConfigError
 from get_nb.lab.core import FileError
-from get_nb.lab.price import measured_rates
+from get_nb.lab.measured import measured_rates
 from get_nb.lab.parameters import check_parameters, code_cells, declared_parameters
 from get_nb.lab.profiles import WIRING, load_profile, select_stages
 

@@ -158,7 +158,8 @@ def _list_stages(states: list):
 
 def _price_of(root, profile, stage, group) -> dict:
     "Evaluations, FLOPs, memory, disk and hours of the selected stages, as a table."
-    from get_nb.lab.price import measured_rates, price_table, this_machine
+    from get_nb.lab.measured import measured_rates, this_machine
+    from get_nb.lab.price import price_table
 
     selected = select_stages(load_profile(root, profile), stage, group)
     return price_table(selected, measured_rates(root / "results"), this_machine())

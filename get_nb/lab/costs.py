@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'BUDGETED', 'sampling_flop', 'student_cost', 'student_memory', 'teacher_memory', 'teacher_cost',
-           'teacher_of', 'know_images', 'data_of', 'stage_cost']
+           'feature_flop', 'teacher_of', 'search_trainings', 'know_images', 'data_of', 'stage_cost']
 
 # %% ../../nbs/lab/41_costs.ipynb #5c5c83fb
 import json
@@ -17,7 +17,9 @@ from ..distillation import DistillConfig, distill_loss
 from ..evaluation import training_cost
 from ..get import GET
 from .checkpoints import create_model, create_teacher
+from .classifier import create_classifier
 from .counting import FusedAttention, LiveMemory, count_parameters, flops
+from .effnet import effnet_size, is_effnet
 from .fast import Fast
 from .folders import list_pictures, read_picture, split_size
 from .shipped import shipped_folder, shipped_names
@@ -163,6 +165,38 @@ def teacher_cost(teacher: str, data: str, overrides: tuple = ()) -> dict:
         once = flops(lambda: net(x, torch.ones(2, device="meta"))) / 2
     return dict(parameters=count_parameters(net), flop=once, train_gflop=flops(lambda: loss().backward()) / 2e9)
 
+# %% ../../nbs/lab/41_costs.ipynb #3c52b7aa
+_PUBLISHED = dict(effnet=(224, 2 * 407e6), inception=(299, 2 * 5.7e9))  # pixels per side, FLOP of one image
+
+
+@lru_cache(maxsize=None)
+def _classifier_flop(data: str) -> float:
+    channels, size = IMAGES[data]
+    with torch.device("meta"), torch.no_grad():
+        net = create_classifier(num_classes=10, image_size=size, channels=channels)
+        return flops(lambda: net(torch.empty(1, channels, size, size)))
+
+
+def feature_flop(features, data: str) -> float:
+    """What one image costs the feature networks of an evaluation.
+
+    Args:
+        features: as `evaluate` names them: classifier, effnet, inception, or a list of these
+        data: key of IMAGES; a classifier is as large as its images
+
+    Returns:
+        FLOP; those of EfficientNet-Lite0 and Inception-v3 as published
+    """
+    total = 0.0
+    for name in [features] if isinstance(features, str) else features:
+        if name == "classifier" and data in IMAGES:
+            total += _classifier_flop(data)
+        if is_effnet(name):
+            total += _PUBLISHED["effnet"][1] * (effnet_size(name) / _PUBLISHED["effnet"][0]) ** 2
+        if name == "inception":
+            total += _PUBLISHED["inception"][1]
+    return total
+
 # %% ../../nbs/lab/41_costs.ipynb #340af7b8
 BUDGETED = dict(  # notebooks whose stages are given FLOPs to spend -> kind of work
     kd="train unet",
@@ -243,10 +277,21 @@ def _student_stage(stage, stages, data):
     return _training("train transformer", cost, steps, p["batch_size"], _memory_of_student(p, data))
 
 
+def search_trainings(params: dict) -> float:
+    """What a search trains, in trainings of its full length.
+
+    Args:
+        params: of a search stage
+
+    Returns:
+        a share of them for every rate, and three if asked; rates that may be added at an end do not count
+    """
+    return params["share"] * len(params["lrs"]) + 3 * params.get("confirm", False)
+
+
 def _search_stage(stage, stages, data):
-    "Every rate for a share of the steps, and three for all if asked; rates that may be added at an end do not count."
     p = stage.params
-    steps = round(p["steps"] * (p["share"] * len(p["lrs"]) + 3 * p["confirm"]))
+    steps = round(p["steps"] * search_trainings(p))
     cost, memory = _cost_of_student(p, data), _memory_of_student(p, data)
     return _training("train transformer", cost, steps, p["batch_size"], memory)
 
@@ -285,18 +330,20 @@ def _generator_of(stage, stages: dict):
 
 def _evaluate_stage(stage, stages, data):
     p, model = stage.params, stages[stage.inputs["model"]]
-    network = _generator_of(model, stages)
+    network, seen = _generator_of(model, stages), feature_flop(p["features"], data)
     if network.notebook.stem == "student":
         form = network.params["model"], tuple(network.params["overrides"].items()), data
         once = [sampling_flop(*form, n) for n in [0, *(p["sweep"] if form[0].startswith("GET") else [])]]
-        return dict(_sampling("sample transformer", p["samples"], sum(once)), evaluations=p["samples"] * len(once))
+        made = _sampling("sample transformer", p["samples"], sum(once) + len(once) * seen)
+        return dict(made, evaluations=p["samples"] * len(once))
     if not teacher_of(network):
         return {}
-    evaluations = 1  # of a one-step generator
+    each = [1]  # evaluations of a one-step generator
     if network is model and network.notebook.stem not in BUDGETED:
-        evaluations = sum(num_evaluations(k, p["sampler"]) for k in [p["num_steps"], *p["sweep"]])
+        each = [num_evaluations(k, p["sampler"]) for k in [p["num_steps"], *p["sweep"]]]
     once = teacher_cost(teacher_of(network), data, _overrides_of(network))["flop"]
-    return _sampling("sample unet", p["samples"] * evaluations, once)
+    made = _sampling("sample unet", p["samples"], sum(each) * once + len(each) * seen)
+    return dict(made, evaluations=p["samples"] * sum(each))
 
 
 def _budgeted_stage(stage, stages, data):

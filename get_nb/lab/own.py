@@ -21,7 +21,8 @@ from PIL import Image
 from .core import ConfigError, FileError, require
 from .files import atomic_path
 from .folders import list_pictures, load_folder, split_size
-from .price import measured_rates, price_stages, this_machine
+from .measured import measured_rates, this_machine
+from .price import price_stages
 from .profiles import load_profile
 
 # %% ../../nbs/lab/46b_own.ipynb #b65805b5

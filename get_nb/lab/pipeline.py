@@ -25,7 +25,7 @@ from .core import ConfigError, require
 from .files import atomic_path, write_json
 from .profiles import Stage, is_wanted, load_profile, select_stages
 from .records import provenance
-from .stages import locked, runs_folder, stage_key, stage_outputs, why_run
+from .stages import BEGAN, begin_session, locked, runs_folder, stage_key, stage_outputs, why_run
 
 # %% ../../nbs/lab/39_pipeline.ipynb #1359ae06
 class StageError(RuntimeError):
@@ -135,9 +135,6 @@ def _empty(folder: Path):
             (shutil.rmtree if p.is_dir() and not p.is_symlink() else Path.unlink)(p)
 
 
-_BEGAN = ".began"  # written when a session begins: the seconds of those before it; no output
-
-
 def _prepare_folder(folder: Path, key: dict, fresh: bool):
     "Keep a half-finished stage with the same key; else start with an empty folder."
     path, text = folder / "key.json", json.dumps(key, sort_keys=True)
@@ -149,17 +146,6 @@ def _prepare_folder(folder: Path, key: dict, fresh: bool):
     if not resume:
         with atomic_path(path) as tmp:
             tmp.write_text(text, encoding="utf-8")
-
-
-def _seconds_before(folder: Path) -> float:
-    "What earlier sessions of a half-finished stage took, up to the last file that each wrote."
-    began = folder / _BEGAN
-    try:
-        before = float(began.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return 0.0
-    last = max(p.stat().st_mtime for p in folder.rglob("*") if p.is_file())
-    return before + last - began.stat().st_mtime
 
 # %% ../../nbs/lab/39_pipeline.ipynb #52313c16
 def _given(stage: Stage, runs: Path, records: Path, cores: int) -> dict:
@@ -198,14 +184,13 @@ def run_stage(
     with locked(runs / f".{stage.name}.lock", busy):
         folder, began = runs / stage.name, time.monotonic()
         _prepare_folder(folder, key, fresh)
-        before = _seconds_before(folder)
-        (folder / _BEGAN).write_text(str(before), encoding="utf-8")
+        before = begin_session(folder)
         execute(stage, _given(stage, runs, records, cores), folder, root)
         stamp = _stamp(stage, key, folder, round(before + time.monotonic() - began, 1))
         nothing = f"stage {stage.name} failed: its notebook ended and left no file; see {folder / 'notebook.html'}"
         require(stamp["outputs"], nothing, StageError)
         write_json(folder / "stamp.json", stamp)
-        (folder / _BEGAN).unlink(missing_ok=True)
+        (folder / BEGAN).unlink(missing_ok=True)
         shutil.rmtree(folder / "state", ignore_errors=True)  # checkpoints of a training that has ended
     return stamp
 
