@@ -12,7 +12,7 @@ import torch
 
 from .fixed_point import SolverStats, apply_map, check_start, takes_tuples
 from .lab.core import ConfigError, nearest, require, require_whole, whole_numbers
-from .lab.graph import check_tensors
+from .lab.graph import check_tensors, refuse_second
 from .solvers import check_solver, solve
 
 # %% ../nbs/23_gradients.ipynb #a292e743
@@ -75,8 +75,8 @@ class _Adjoint(torch.autograd.Function):
         return fz.view_as(fz)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        refuse_second("the implicit gradient", "use gradient='phantom' or 'unrolled'")
         vjp, options, stats = ctx.how
         y, adjoint = solve(lambda y: g + vjp(y), g, **options)
         if stats is not None:
@@ -97,10 +97,11 @@ def implicit(f, z_star, stats: SolverStats = None, **options):
         **options: of `solve`, for the adjoint; by default Anderson, 30 evaluations, tolerance 1e-6
 
     Returns:
-        f(z_star), whose gradient is the fixed point's
+        f(z_star), whose gradient is the fixed point's; it is differentiable once
 
     Raises:
-        ConfigError: an unknown solver or option, or f does not return what it is given
+        ConfigError: an unknown solver or option, or f does not return what it is given; in the backward pass, a second
+            derivative (create_graph=True)
     """
     options = {**_ADJOINT, **options}
     check_solver(**options)
@@ -271,15 +272,15 @@ class _ConstantMemory(torch.autograd.Function):
         return plan.forward(z0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
+        refuse_second("constant memory", "use unroll, or constant_memory=False")
         z0, *tensors = ctx.saved_tensors
         return None, *ctx.plan.backward(z0, tensors, grads)
 
 # %% ../nbs/23_gradients.ipynb #0aef2f53
 @takes_tuples
 def unroll_constant(f, z0, n_iter: int, supervise=None, read=None, tensors=(), slots: int = 4) -> list:
-    """The same values and gradients as `unroll`, with memory that does not grow with n_iter.
+    """The same values and gradients as `unroll`, with memory that does not grow with n_iter; differentiable once.
 
     Args:
         f: the map, (B, ...) to (B, ...), or a list of n_iter maps
@@ -294,7 +295,8 @@ def unroll_constant(f, z0, n_iter: int, supervise=None, read=None, tensors=(), s
         read(z_k) of the supervised iterations
 
     Raises:
-        ConfigError: slots or an iteration out of range, or `tensors` lacks one, or one of them depends on another
+        ConfigError: slots or an iteration out of range, or `tensors` lacks one, or one of them depends on another; in
+            the backward pass, a second derivative (create_graph=True)
     """
     require_whole("slots", slots)
     require(read is None or callable(read), f"read: a function is needed, not a {type(read).__name__}")

@@ -186,6 +186,30 @@ def test_a_phantom_gradient_without_a_step_is_refused():
         equilibrium(torch.tanh, torch.ones(1, 2), "phantom", phantom_steps=0, max_iter=2)
 
 
+@pytest.mark.parametrize(
+    "way, how",
+    [
+        ("implicit gradient", dict(gradient="implicit", state="normalized")),
+        ("constant memory", dict(constant_memory=True)),
+    ],
+)
+def test_a_second_derivative_is_refused_and_not_wrong(way, how):
+    f, W, b = tanh_map()
+    start = torch.zeros(2, 5, dtype=torch.float64)
+    (noise, labels), model = batch(), tiny(**how)
+    states = dict(
+        bare=equilibrium(lambda z: f(z, W, b), start, "implicit", solver="anderson", max_iter=30)[0]
+        if "implicit" in way
+        else unroll_constant(lambda z: f(z, W, b), start, 4, tensors=(W, b))[-1],
+        model=model.unrolled(noise.requires_grad_(), labels, n_iter=4)[-1],
+    )
+    for z, x in zip(states.values(), (b, noise)):
+        for loss in (z.sum(), z.square().sum()):  # the gradient that arrives needs no graph, or needs one
+            with pytest.raises(ConfigError, match=f"{way}: no second derivative"):
+                torch.autograd.grad(loss, x, create_graph=True)
+            assert torch.autograd.grad(loss, x, retain_graph=True)[0].abs().sum() > 0
+
+
 DDP = """
 import copy
 import torch
