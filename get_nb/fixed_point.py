@@ -70,7 +70,7 @@ class Tracker:
         z0: start (B, ...), float32 or float64
         tol: residual at which an image has converged, or None
         stop_mode: "abs" or "rel", which residual is compared with tol
-        select: keep f(z_k) of the "lowest" residual, or of the "last" evaluation
+        select: keep f(z_k) of the "lowest" residual, of several the last one, or of the "last" evaluation
     """
 
     def __init__(self, z0, tol, stop_mode, select):
@@ -101,7 +101,8 @@ class Tracker:
         measured = size if self.stop_mode == "abs" else relative
         self.finite = size.isfinite()  # not `relative`: that is infinite where f(z) = 0, which is no failure
         if self.select == "lowest":
-            better = measured < self.lowest  # false for NaN: a broken image keeps its best
+            tie = (measured == self.lowest) & self.finite & ~self.converged  # the later of two states is nearer
+            better = (measured < self.lowest) | tie  # false for NaN: a broken image keeps its best
         else:
             better = ~self.converged & self.finite
         self.best = pick(better.view(self.column), fz, self.best)
@@ -300,7 +301,8 @@ def fixed_point_iter(f, z0, *, max_iter, tol=None, stop_mode="rel", tau=1.0, sel
         z0: start (B, ...), any floating-point type; or a tuple of starts, then f takes and returns as many states
         max_iter (int): evaluations of f at most
         tol (float): residual at which an image has converged; None: run all evaluations
-        stop_mode (str): "abs" or "rel", which residual tol bounds, and which is "lowest"
+        stop_mode (str): "abs" or "rel", which residual tol bounds, and which is "lowest"; near a fixed point 0 the
+            relative one need not fall: use "abs" there
         tau (float): damping, z + tau (f(z) - z)
         select (str): return f(z_k) of the "lowest" residual, or of the "last" evaluation
 

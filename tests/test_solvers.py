@@ -181,3 +181,13 @@ def test_a_map_onto_zero_has_not_failed_and_an_empty_batch_is_one(name):
     assert not stats.failed.any() and stats.converged.all() and (z == 0).all()
     z, stats = solve(lambda z: 0.5 * z, torch.zeros(0, 3), name, max_iter=4)
     assert z.shape == (0, 3) and stats.rel_trace.shape == (0, 4)
+
+
+def test_of_equal_residuals_the_later_state_is_returned():
+    z, stats = fixed_point_iter(lambda z: 0.5 * z, torch.ones(2, 3), max_iter=30, tol=1e-3)
+    assert stats.rel_trace.eq(1).all() and stats.lowest_step.tolist() == [29, 29]  # it falls to 0, with the same ratio
+    assert z.abs().max() < 1e-8
+    frozen, stats = fixed_point_iter(lambda z: 0 * z + 1, torch.tensor([[1.0], [3.0]]), max_iter=5, tol=0.1)
+    assert stats.lowest_step.tolist() == [0, 1] and frozen.eq(1).all()
+    broken, stats = fixed_point_iter(lambda z: z / 0, torch.ones(1, 3), max_iter=3)
+    assert broken.eq(1).all() and stats.failed.all()
