@@ -100,7 +100,7 @@ def edm_coefficients(sigma, sigma_data: float):
 # %% ../nbs/10_precond.ipynb #3253d89e
 def _waves(c_noise, frequencies):
     "Sines, then cosines: (B,), (n/2,) -> (B, n)."
-    angle = torch.outer(c_noise.float(), frequencies)
+    angle = torch.outer(c_noise.float(), frequencies.float())
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
@@ -194,7 +194,7 @@ class EDMPrecond(nn.Module):
         """The expected clean image.
 
         Args:
-            x: image plus noise, (B, C, H, W)
+            x: image plus noise, (B, C, H, W), of any floating type; the network computes in that of its weights
             sigma: noise level, scalar or (B,), > 0
             labels: int64 (B,), -1 for "no class"; or None
             augment: augmentation labels, float (B, augment_dim), or None
@@ -211,7 +211,8 @@ class EDMPrecond(nn.Module):
         sigma = _on(x.device, sigma, torch.float32).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
         classes = class_vectors(labels, self.num_classes, len(x), x.device)
-        F_x = self.model(c_in * x, c_noise.flatten().expand(len(x)), classes, augment)
+        own = next(self.parameters(), x).dtype  # the network's; all around it stays float32, as EDM's use_fp16 has it
+        F_x = self.model((c_in * x).to(own), c_noise.flatten().expand(len(x)), classes, augment)
         return c_skip * x + c_out * F_x.float()
 
 # %% ../nbs/10_precond.ipynb #09276c78
