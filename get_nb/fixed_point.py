@@ -180,9 +180,10 @@ def check_states(z0: tuple):
     require(z0, "z0 is an empty tuple: it needs a state")
     for z in z0:
         check_start(z)
-    kinds = {(len(z), z.dtype, z.device) for z in z0}
-    given = ", ".join(map(describe, z0))
-    require(len(kinds) == 1, f"the states of z0 need one batch size, type and device, not {given}")
+    a = z0[0]
+    if any(z.shape[0] != a.shape[0] or z.dtype != a.dtype or z.device != a.device for z in z0):
+        given = ", ".join(map(describe, z0))
+        raise ConfigError(f"the states of z0 need one batch size, type and device, not {given}")
 
 
 def takes_tuples(method):

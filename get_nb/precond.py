@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .lab.core import require, send
+from .lab.core import ConfigError, require, send
 from .lab.images import check_labels, readable
 
 # %% ../nbs/10_precond.ipynb #6357900d
@@ -30,9 +30,10 @@ def check_sigma(sigma, x):
     images = isinstance(x, torch.Tensor) and x.ndim == 4 and x.is_floating_point()
     require(images, "a denoiser takes floating-point images (B, C, H, W)")
     number = isinstance(sigma, torch.Tensor | Real)
-    require(number, f"sigma must be a number or a tensor ({len(x)},), not a {type(sigma).__name__}")
+    require(number, f"sigma must be a number or a tensor (B,), not a {type(sigma).__name__}")
     levels = torch.as_tensor(sigma)
-    require(levels.numel() in (1, len(x)), f"sigma must be a number, or ({len(x)},), not {tuple(levels.shape)}")
+    if levels.numel() not in (1, x.shape[0]):  # made only now: a batch size in a message would be compiled in
+        raise ConfigError(f"sigma must be a number, or ({len(x)},), not {tuple(levels.shape)}")
     if readable(levels):
         good = ((levels > 0) & levels.isfinite()).all()
         require(good, f"sigma must be above 0 and finite, found {levels.min().item():g} .. {levels.max().item():g}")

@@ -160,13 +160,13 @@ def check_labels(labels, num_classes: int, batch: int, no_class: bool = False):
         ConfigError: labels are missing, not wanted, or of another type or shape; or, if `readable`, out of range
     """
     if labels is None:
-        known = no_class or not num_classes
-        require(known, f"this model is class-conditional: pass labels, int64 of shape ({batch},)")
+        if num_classes and not no_class:  # a batch size in a message that is made in any case would be compiled in
+            raise ConfigError(f"this model is class-conditional: pass labels, int64 of shape ({batch},)")
         return
     unwanted = "labels given to an unconditional network: pass labels=None, or build it with num_classes"
     require(num_classes or no_class, unwanted)
-    fits = isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.shape == (batch,)
-    require(fits, f"labels must be int64 of shape ({batch},), not {describe(labels)}")
+    if not (isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.shape == (batch,)):
+        raise ConfigError(f"labels must be int64 of shape ({batch},), not {describe(labels)}")
     if readable(labels) and batch:
         first, low, high = -1 if no_class else 0, int(labels.min()), int(labels.max())
         require(num_classes or high < 0, unwanted)
