@@ -37,8 +37,9 @@ def check_tensors(out, known) -> None:
         known: tensors with requires_grad that `out` may depend on
 
     Raises:
-        ConfigError: a leaf is missing from `known`, or one of them is computed from another
+        ConfigError: a leaf is missing from `known`, one of them is computed from another, or out is no tensor
     """
+    require(isinstance(out, torch.Tensor), f"constant memory: read must return one tensor, not a {type(out).__name__}")
     stop = {_edge(t) for t in known}
     for node, index in _walk([_edge(out)] if out.requires_grad else [], stop):
         if (node, index) not in stop and hasattr(node, "variable"):
