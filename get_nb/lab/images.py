@@ -147,8 +147,9 @@ def readable(x) -> bool:
     Returns:
         False for what lies on a GPU, is being compiled, has no values (meta, fake), or stands for many (torch.func)
     """
-    plain = type(x) in (torch.Tensor, torch.nn.Parameter) and not _stands_for_many(x)
-    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():  # asked first: the compiler cannot follow the last question
+        return False
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and not _stands_for_many(x)
 
 # %% ../../nbs/lab/01_images.ipynb #71c78e4a
 def check_labels(labels, num_classes: int, batch: int, no_class: bool = False):
