@@ -17,11 +17,12 @@ from torch.nn.utils import parametrize
 
 from .fixed_point import or_nan
 from .get import GET, GETConfig, ViT, equilibrium_step
-from .gradients import equilibrium, unroll, unroll_constant
+from .gradients import equilibrium, supervised, unroll, unroll_constant
 from .jacobian import normalize_state
-from .lab.core import config, require, require_whole
+from .lab.core import config, nearest, require, require_whole
 from .lab.graph import gate
 from .layers import AdaptiveBlock, Block, init_transformer, normalize_weights
+from .solvers import SOLVERS, solver_options
 
 # %% ../nbs/25_equilibrium.ipynb #d885a1ac
 def mix64(x):
@@ -66,15 +67,18 @@ class EquilibriumConfig(GETConfig):
     that each image stops on its own.
 
     Attributes:
-        tol: residual at which an image stops; None: never
-        z0: start: "normal", a fixed function of noise and z0_seed, or "zero"
+        tol: residual at which an image stops; None: never, as torch.export and torch.func.vmap need it
+        z0: start: "normal", a fixed function of every float32 bit of the noise and of z0_seed, or "zero"; noise that is
+            rounded, as to bfloat16, has another normal start: keep it float32 and use autocast
         z0_seed: seed of the "normal" start
         select: decode f(z) of the "lowest" residual, or of the "last" evaluation
         state: "raw", z <- f(z), or "normalized", z <- LayerNorm(f(z)) (room 24, jacobian)
         injection: "additive": u added to qkv; "adaln": u scales and shifts the norms; "none": the tokens are the start
         shared: False: n_iter copies of the equilibrium blocks, one for each iteration
-        weight_norm: "none", "weight" or "spectral", of the equilibrium blocks' linear layers
-        solver: "fixed_point", "anderson" or "broyden": when sampling, and before a phantom or implicit gradient
+        weight_norm: "none", "weight" or "spectral", of the equilibrium blocks' linear layers; torch cannot pickle
+            these two: use save_checkpoint
+        solver: a name in SOLVERS (room 22): when sampling, and before a phantom or implicit gradient; where the
+            gradient is unrolled, another than "fixed_point" samples under torch.no_grad() alone
         window: memory of anderson and broyden, in steps
         stop_mode: which residual tol bounds: "abs", or "rel", over ||f(z)||
         gradient: "unrolled", "phantom" or "implicit" (room 23, gradients)
@@ -94,7 +98,7 @@ class EquilibriumConfig(GETConfig):
     injection: Literal["additive", "adaln", "none"] = "additive"
     shared: bool = True
     weight_norm: Literal["none", "weight", "spectral"] = "none"
-    solver: Literal["fixed_point", "anderson", "broyden"] = "fixed_point"
+    solver: str = "fixed_point"
     window: PositiveInt = 10
     stop_mode: Literal["abs", "rel"] = "abs"
     gradient: Literal["unrolled", "phantom", "implicit"] = "unrolled"
@@ -114,10 +118,11 @@ def check_combination(cfg: EquilibriumConfig, where: str):
         where: what to call the model in the message
 
     Raises:
-        ConfigError: an implicit gradient on the raw state, unshared weights with a solver, or constant memory where
-            nothing is unrolled or recomputing gives other weights
+        ConfigError: an unknown solver, an implicit gradient on the raw state, unshared weights with a solver, or
+            constant memory where nothing is unrolled or recomputing gives other weights
     """
     unrolled, constant = cfg.gradient == "unrolled", cfg.constant_memory
+    require(cfg.solver in SOLVERS, f"{where}: solver = {cfg.solver!r}{nearest(cfg.solver, SOLVERS)}")
     require(
         cfg.gradient != "implicit" or cfg.state == "normalized",
         f"{where}: gradient='implicit' needs state='normalized': "
@@ -252,27 +257,31 @@ class EquilibriumGET(EquilibriumMap):
     def _find(self, f, z0, n_iter):
         "The state by the configured solver, with the configured gradient, and SolverStats."
         c = self.cfg
-        options = dict(solver=c.solver, max_iter=n_iter, tol=c.tol, stop_mode=c.stop_mode, select=c.select)
-        if c.solver != "fixed_point":
-            options["window"] = c.window
+        options = dict(max_iter=n_iter, tol=c.tol, stop_mode=c.stop_mode, select=c.select, window=c.window)
+        options = solver_options(c.solver, options)
         adjoint = dict(max_iter=c.adjoint_iter, tol=c.adjoint_tol)
-        return equilibrium(f, z0, c.gradient, c.phantom_steps, c.phantom_tau, adjoint, **options)
+        how = c.gradient, c.phantom_steps, c.phantom_tau, adjoint
+        return equilibrium(f, z0, *how, solver=c.solver, **options)
 
-    def trajectory(self, noise, labels=None, z0=None, n_iter: int = 6, supervise=None, read=None):
+    def trajectory(self, noise, labels=None, z0=None, n_iter: int = None, supervise=None, read=None):
         """The supervised states; where the gradient is phantom or implicit, the one state that the solver finds.
 
         Args:
             noise: (B, C, H, W)
             labels: int64 (B,), or None
             z0: start (B, T, d); None: the preset's
-            n_iter: iterations
+            n_iter: iterations; None: the preset's
             supervise: which of them (1 is the first, -1 the last); None: all
             read: what to return of a state, such as `decode`; None: the state
 
         Returns:
             f, list of read(state)
+
+        Raises:
+            ConfigError: n_iter or an iteration of supervise is out of range, whatever the gradient
         """
         c, n_iter = self.cfg, self.iterations(n_iter)
+        supervise = supervised(n_iter, supervise)
         with self._cached_weights():
             f, z0, entering = self.prepare(noise, labels, z0)
             if c.constant_memory and torch.is_grad_enabled():
@@ -284,14 +293,14 @@ class EquilibriumGET(EquilibriumMap):
                 states = [self._find(f, z0, n_iter)[0]]
             return f, [read(z) for z in states] if read else states
 
-    def unrolled(self, noise, labels=None, z0=None, n_iter: int = 6, supervise=None):
+    def unrolled(self, noise, labels=None, z0=None, n_iter: int = None, supervise=None):
         """The images decoded from the supervised states, with gradient.
 
         Args:
             noise: (B, C, H, W)
             labels: int64 (B,), or None
             z0: start (B, T, d); None: the preset's
-            n_iter: iterations
+            n_iter: iterations; None: the preset's
             supervise: which of them; None: all
 
         Returns:

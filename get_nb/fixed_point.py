@@ -8,6 +8,7 @@ __all__ = ['SolverStats', 'pick', 'Tracker', 'check_start', 'apply_map', 'check_
 
 # %% ../nbs/19_fixed_point.ipynb #289b5791
 import functools
+import inspect
 import math
 from dataclasses import dataclass
 from numbers import Real
@@ -15,7 +16,7 @@ from numbers import Real
 import torch
 
 from .lab.core import ConfigError, nearest, require, require_callable, require_whole
-from .lab.images import describe
+from .lab.images import describe, readable
 
 # %% ../nbs/19_fixed_point.ipynb #bdc9d997
 @dataclass
@@ -48,7 +49,7 @@ class SolverStats:
 
 # %% ../nbs/19_fixed_point.ipynb #53095838
 def pick(mask, new, old):
-    """`torch.where` over images, without its copy where all of a CPU mask is true.
+    """`torch.where` over images, without its copy where all of a mask is true, if that can be seen for nothing.
 
     Args:
         mask: bool, broadcast against (B, ...)
@@ -58,7 +59,7 @@ def pick(mask, new, old):
     Returns:
         (B, ...)
     """
-    if mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all()):
+    if readable(mask) and bool(mask.all()):
         return new
     return torch.where(mask, new, old)
 
@@ -70,7 +71,7 @@ class Tracker:
         z0: start (B, ...), float32 or float64
         tol: residual at which an image has converged, or None
         stop_mode: "abs" or "rel", which residual is compared with tol
-        select: keep f(z_k) of the "lowest" residual, or of the "last" evaluation
+        select: keep f(z_k) of the "lowest" residual, of several the last one, or of the "last" evaluation
     """
 
     def __init__(self, z0, tol, stop_mode, select):
@@ -101,7 +102,8 @@ class Tracker:
         measured = size if self.stop_mode == "abs" else relative
         self.finite = size.isfinite()  # not `relative`: that is infinite where f(z) = 0, which is no failure
         if self.select == "lowest":
-            better = measured < self.lowest  # false for NaN: a broken image keeps its best
+            # false for NaN: a broken image keeps its best; of equal residuals the later one counts
+            better = (measured < self.lowest) | ((measured == self.lowest) & self.finite & ~self.converged)
         else:
             better = ~self.converged & self.finite
         self.best = pick(better.view(self.column), fz, self.best)
@@ -110,6 +112,7 @@ class Tracker:
         self.evals = self.evals + ~self.converged
         if self.tol is None:
             return False
+        require(not torch.compiler.is_exporting(), "torch.export cannot follow a tolerance: use tol=None")
         self.converged = self.converged | (measured <= self.tol)
         return bool(self.converged.all())
 
@@ -179,47 +182,71 @@ def check_states(z0: tuple):
     require(z0, "z0 is an empty tuple: it needs a state")
     for z in z0:
         check_start(z)
-    kinds = {(len(z), z.dtype, z.device) for z in z0}
-    given = ", ".join(map(describe, z0))
-    require(len(kinds) == 1, f"the states of z0 need one batch size, type and device, not {given}")
+    a = z0[0]
+    if any(z.shape[0] != a.shape[0] or z.dtype != a.dtype or z.device != a.device for z in z0):
+        given = ", ".join(map(describe, z0))
+        raise ConfigError(f"the states of z0 need one batch size, type and device, not {given}")
+
+
+class _Together:
+    "A tuple of states as one vector per image, and back."
+
+    def __init__(self, states):
+        check_states(states)
+        self.shapes = [z.shape[1:] for z in states]
+        self.sizes = [math.prod(s) for s in self.shapes]
+
+    def pack(self, states):
+        "(B, ...) each, to (B, n)."
+        fits = isinstance(states, tuple | list) and [getattr(z, "shape", ())[1:] for z in states] == self.shapes
+        require(fits, f"f must return a tuple of {len(self.shapes)} states like those that it is given")
+        return torch.cat([z.flatten(1) for z in states], 1)
+
+    def unpack(self, z):
+        "(B, n) to (B, ...) each."
+        return tuple(part.unflatten(1, s) for part, s in zip(z.split(self.sizes, 1), self.shapes))
+
+    def around(self, g):
+        "A map of the states, as one of the vector."
+        require_callable(f=g)
+        return lambda z: self.pack(g(*self.unpack(z)))
+
+    def answer(self, out):
+        "What a method returns: vectors become states; a penalty, or a number per image, stays."
+        if isinstance(out, list):
+            return [self.unpack(z) for z in out]
+        if isinstance(out, tuple):
+            return self.unpack(out[0]), out[1]
+        return self.unpack(out) if out.ndim > 1 else out
 
 
 def takes_tuples(method):
     """Decorator: a function of a map and a start also takes a tuple of states, of any shapes after the batch.
 
     Args:
-        method: (f, z0, ...) -> z, stats; or a list of states; `read` among its arguments is a function of a state
+        method: (f, start, ...) -> z, stats; or z, a list of states, or numbers; `read` and `project` among its
+            arguments are functions of a state
 
     Returns:
-        the function; given a tuple, f and read get tuples, and tuples come back. Inside, one vector per image holds
-        all states, so that a residual is that of the whole system
+        the function; given a tuple, f, read and project get tuples, and tuples come back. Inside, one vector per image
+        holds all states, so that a residual is that of the whole system
     """
+    names = list(inspect.signature(method).parameters)
 
     @functools.wraps(method)
-    def whole(f, z0, *args, **options):
-        if not isinstance(z0, tuple):
-            return method(f, z0, *args, **options)
-        check_states(z0)
-        shapes = [z.shape[1:] for z in z0]
-        sizes = [math.prod(s) for s in shapes]
-
-        def pack(states):
-            fits = isinstance(states, (tuple, list)) and [z.shape[1:] for z in states] == shapes
-            require(fits, f"f must return a tuple of {len(shapes)} states like those that it is given")
-            return torch.cat([z.flatten(1) for z in states], 1)
-
-        def unpack(z):
-            return tuple(part.unflatten(1, s) if s else part[:, 0] for part, s in zip(z.split(sizes, 1), shapes))
-
-        def packed(g):
-            return lambda z: pack(g(*unpack(z)))
-
-        if options.get("read"):
-            options["read"] = lambda z, read=options["read"]: read(*unpack(z))
-        out = method(packed(f) if callable(f) else [packed(g) for g in f], pack(z0), *args, **options)
-        if isinstance(out, list):
-            return out if options.get("read") else [unpack(z) for z in out]
-        return unpack(out[0]), out[1]
+    def whole(f, *args, **options):
+        states = args[0] if args else options.get(names[1])
+        if not isinstance(states, tuple):
+            return method(f, *args, **options)
+        together, given = _Together(states), dict(zip(names, (f, *args))) | options
+        given["f"] = [together.around(g) for g in f] if isinstance(f, list | tuple) else together.around(f)
+        given[names[1]] = together.pack(states)
+        if given.get("project"):
+            given["project"] = together.around(given["project"])
+        if given.get("read"):
+            read = given["read"]
+            return method(**given | dict(read=lambda z: read(*together.unpack(z))))
+        return together.answer(method(**given))
 
     return whole
 
@@ -299,8 +326,10 @@ def fixed_point_iter(f, z0, *, max_iter, tol=None, stop_mode="rel", tau=1.0, sel
         f: the map, (B, ...) to (B, ...); always called with the whole batch
         z0: start (B, ...), any floating-point type; or a tuple of starts, then f takes and returns as many states
         max_iter (int): evaluations of f at most
-        tol (float): residual at which an image has converged; None: run all evaluations
-        stop_mode (str): "abs" or "rel", which residual tol bounds, and which is "lowest"
+        tol (float): residual at which an image has converged; None: run all evaluations, as torch.export and
+            torch.func.vmap need it, which cannot follow what depends on values
+        stop_mode (str): "abs" or "rel", which residual tol bounds, and which is "lowest"; near a fixed point 0 the
+            relative one need not fall: use "abs" there
         tau (float): damping, z + tau (f(z) - z)
         select (str): return f(z_k) of the "lowest" residual, or of the "last" evaluation
 

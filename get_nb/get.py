@@ -93,7 +93,7 @@ class ViT(nn.Module):
         """The class's offset of queries, keys and values.
 
         Args:
-            labels: int64 (B,), or None for an unconditional model
+            labels: int64 (B,); None, or all -1, for an unconditional model
             batch: B
 
         Returns:
@@ -150,7 +150,7 @@ class ViT(nn.Module):
         """
         return self.decode(self.embed(noise, labels)[0])
 
-    def unrolled(self, noise, labels=None, z0=None, n_iter: int = 6):
+    def unrolled(self, noise, labels=None, z0=None, n_iter: int = None):
         """What a loss supervises, in the form that GET shares.
 
         Args:
@@ -255,22 +255,23 @@ class GET(ViT):
             z = fz
         return self.decode(best)
 
-    def unrolled(self, noise, labels=None, z0=None, n_iter: int = 6):
+    def unrolled(self, noise, labels=None, z0=None, n_iter: int = None):
         """The image after each iteration, with gradient: the released training.
 
         Args:
             noise: (B, C, H, W)
             labels: int64 (B,), or None
             z0: start (B, T, d); None: drawn afresh from N(0, I)
-            n_iter: iterations
+            n_iter: iterations; None: the preset's
 
         Returns:
             n_iter images (B, C, H, W)
         """
         x, c = self.embed(noise, labels)
         u = self.inject(x)
+        z, n_iter = self.start_from(z0, x), self.cfg.n_iter if n_iter is None else n_iter
         require_whole("n_iter", n_iter)
-        z, images = self.start_from(z0, x), []
+        images = []
         for _ in range(n_iter):
             z = equilibrium_step(self.deq_blocks, z, u, c)
             images.append(self.decode(z))

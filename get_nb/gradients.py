@@ -10,9 +10,9 @@ from functools import lru_cache
 
 import torch
 
-from .fixed_point import SolverStats, apply_map, check_start, takes_tuples
+from .fixed_point import SolverStats, apply_map, check_start, fixed_point_iter, takes_tuples
 from .lab.core import ConfigError, nearest, require, require_whole, whole_numbers
-from .lab.graph import check_tensors
+from .lab.graph import check_tensors, refuse_second
 from .solvers import check_solver, solve
 
 # %% ../nbs/23_gradients.ipynb #a292e743
@@ -75,8 +75,8 @@ class _Adjoint(torch.autograd.Function):
         return fz.view_as(fz)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        refuse_second("the implicit gradient", "use gradient='phantom' or 'unrolled'")
         vjp, options, stats = ctx.how
         y, adjoint = solve(lambda y: g + vjp(y), g, **options)
         if stats is not None:
@@ -87,20 +87,22 @@ class _Adjoint(torch.autograd.Function):
 _ADJOINT = dict(solver="anderson", max_iter=30, tol=1e-6)
 
 
+@takes_tuples
 def implicit(f, z_star, stats: SolverStats = None, **options):
     """Gradient of the fixed point by the implicit function theorem (GET, section 3).
 
     Args:
         f: the map, (B, ...) to (B, ...); everything that it depends on gets its gradient
-        z_star: the solver's answer (B, ...)
+        z_star: the solver's answer (B, ...); or a tuple of states, then f takes and returns as many
         stats: what the adjoint solver did is put into its field `backward`
         **options: of `solve`, for the adjoint; by default Anderson, 30 evaluations, tolerance 1e-6
 
     Returns:
-        f(z_star), whose gradient is the fixed point's
+        f(z_star), whose gradient is the fixed point's; it is differentiable once
 
     Raises:
-        ConfigError: an unknown solver or option, or f does not return what it is given
+        ConfigError: an unknown solver or option, or f does not return what it is given; in the backward pass, a second
+            derivative (create_graph=True)
     """
     options = {**_ADJOINT, **options}
     check_solver(**options)
@@ -113,12 +115,13 @@ def implicit(f, z_star, stats: SolverStats = None, **options):
     return _Adjoint.apply(fz, vjp, options, stats)
 
 # %% ../nbs/23_gradients.ipynb #5102e94c
+@takes_tuples
 def phantom(f, z_star, steps: int = 1, tau: float = 1.0):
     """Phantom gradient (Geng et al. 2021): a few steps with graph from a detached answer.
 
     Args:
         f: the map, (B, ...) to (B, ...)
-        z_star: the solver's answer (B, ...)
+        z_star: the solver's answer (B, ...); or a tuple of states, then f takes and returns as many
         steps: further steps, with gradient; at least 1
         tau: damping above 0, z + tau (f(z) - z); 1 is none
 
@@ -129,7 +132,7 @@ def phantom(f, z_star, steps: int = 1, tau: float = 1.0):
         ConfigError: steps is not a whole number above 0, tau is not above 0, or f does not return what it is given
     """
     require_whole("phantom_steps", steps)  # without a step there is no gradient
-    require(tau > 0, f"phantom_tau = {tau!r}: a number > 0")
+    require(isinstance(tau, int | float) and tau > 0, f"phantom_tau = {tau!r}: a number > 0")
     z = z_star.detach()
     for _ in range(steps):
         z = apply_map(f, z) if tau == 1 else z + tau * (apply_map(f, z) - z)
@@ -150,18 +153,22 @@ def equilibrium(f, z0, gradient="implicit", phantom_steps=1, phantom_tau=1.0, ad
         phantom_steps (int): of the phantom gradient, at least 1
         phantom_tau (float): its damping, above 0; 1 is none
         adjoint: options of `solve` for the implicit gradient's equation
-        **options: of `solve`
+        **options: of `solve`, the solver among them
 
     Returns:
         z (B, ...), SolverStats
 
     Raises:
-        ConfigError: an unknown gradient, or "unrolled" with another solver than "fixed_point"
+        ConfigError: an unknown gradient, solver or option, of the adjoint's too; or "unrolled" with another solver than
+            "fixed_point" where gradients are enabled
     """
     require(isinstance(gradient, str) and gradient in GRADIENTS, f"gradient {gradient!r}{nearest(gradient, GRADIENTS)}")
-    if not torch.is_grad_enabled() or (gradient == "unrolled" and options.get("solver") == "fixed_point"):
+    check_solver(**{**_ADJOINT, **(adjoint or {})})
+    plain = options.get("solver") in ("fixed_point", fixed_point_iter)
+    if not torch.is_grad_enabled() or (gradient == "unrolled" and plain):
         return solve(f, z0, **options)
-    require(gradient != "unrolled", "gradient 'unrolled' needs solver 'fixed_point'; use 'implicit' or 'phantom'")
+    way = "sample under torch.no_grad(), or use 'implicit' or 'phantom'"
+    require(gradient != "unrolled", f"gradient 'unrolled' needs solver 'fixed_point'; {way}")
     with torch.no_grad():
         z_star, stats = solve(f, z0, **options)
     if gradient == "phantom":
@@ -190,8 +197,7 @@ def _stored_first(n, slots):
     "The iterations whose states are stored on the way forward."
     out, at = [], 0
     while n - at > 1:
-        at += reversal(n - at, slots)[1]
-        slots -= 1
+        at, slots = at + reversal(n - at, slots)[1], slots - 1
         out.append(at)
     return out
 
@@ -220,8 +226,7 @@ class _Plan:
         "Yield (iteration, the state before it) from iteration k + n down to k + 1; z is the state after iteration k."
         while n > 1:
             m = reversal(n, slots)[1]
-            later = self.stored.pop(k + m, None)
-            later = self.advance(z, k, m) if later is None else later
+            later = self.stored.pop(k + m) if k + m in self.stored else self.advance(z, k, m)
             yield from self.states(later, k + m, n - m, slots - 1)
             del later
             n = m
@@ -234,7 +239,7 @@ class _Plan:
                 z = _iteration(self.f, z, i)
         return z
 
-    def backward(self, z0, tensors, grads):
+    def backward(self, grads, z0, *tensors):
         "Gradients of z0 and of the tensors, given those of what was read."
         given, g, total = dict(zip(self.wanted, grads)), None, [None] * len(tensors)
         for k, z in self.states(z0, 0, self.n_iter, self.slots):
@@ -254,9 +259,7 @@ class _Plan:
             return None
         outs, weights = zip(*heads)
         g, *parts = torch.autograd.grad(outs, [z, *tensors], weights, allow_unused=True)
-        for i, part in enumerate(parts):
-            if part is not None:
-                total[i] = part if total[i] is None else total[i] + part
+        total[:] = [b if a is None else a if b is None else a + b for a, b in zip(total, parts)]
         return g
 
 # %% ../nbs/23_gradients.ipynb #e26f34de
@@ -271,22 +274,22 @@ class _ConstantMemory(torch.autograd.Function):
         return plan.forward(z0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        z0, *tensors = ctx.saved_tensors
-        return None, *ctx.plan.backward(z0, tensors, grads)
+        refuse_second("constant memory", "use unroll, or constant_memory=False")
+        return None, *ctx.plan.backward(grads, *ctx.saved_tensors)
 
 # %% ../nbs/23_gradients.ipynb #0aef2f53
 @takes_tuples
 def unroll_constant(f, z0, n_iter: int, supervise=None, read=None, tensors=(), slots: int = 4) -> list:
-    """The same values and gradients as `unroll`, with memory that does not grow with n_iter.
+    """The same values and gradients as `unroll`, with memory that does not grow with n_iter; differentiable once.
 
     Args:
         f: the map, (B, ...) to (B, ...), or a list of n_iter maps
         z0: start (B, ...); or a tuple of starts, then f takes and returns as many states
         n_iter: iterations, at least 1
         supervise: as in `supervised`
-        read: function of a state whose result is returned in its place, such as decoding; None: the state itself
+        read: function of a state whose result, one tensor, is returned in its place, such as decoding; None: the state
+            itself
         tensors: every tensor that f and read use and that wants a gradient (None among them is left out)
         slots: states stored besides the start, at least 1
 
@@ -294,7 +297,8 @@ def unroll_constant(f, z0, n_iter: int, supervise=None, read=None, tensors=(), s
         read(z_k) of the supervised iterations
 
     Raises:
-        ConfigError: slots or an iteration out of range, or `tensors` lacks one, or one of them depends on another
+        ConfigError: slots or an iteration out of range, or `tensors` lacks one, or one of them depends on another; in
+            the backward pass, a second derivative (create_graph=True)
     """
     require_whole("slots", slots)
     require(read is None or callable(read), f"read: a function is needed, not a {type(read).__name__}")

@@ -10,7 +10,8 @@ __all__ = ['VIEWS', 'normalize_state', 'subtract_mean', 'state_residuals', 'spec
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .lab.core import send, torch_rng
+from .fixed_point import takes_tuples
+from .lab.core import require_whole, send, torch_rng
 
 # %% ../nbs/24_jacobian.ipynb #fc75b508
 def normalize_state(z):
@@ -61,19 +62,24 @@ def state_residuals(states: list) -> dict:
     return {name: residuals(view) for name, view in VIEWS.items()}
 
 # %% ../nbs/24_jacobian.ipynb #948c1149
+@takes_tuples
 def spectral_radius(f, z, n_iter: int = 40, project=None, seed: int = 0):
     """Spectral radius of the Jacobian of f at z, by power iteration with vector-Jacobian products.
 
     Args:
         f: the map, (B, ...) to (B, ...)
-        z: where (B, ...)
-        n_iter: power iterations
+        z: where (B, ...); or a tuple of states, then f and project take and return as many
+        n_iter: power iterations, at least 1
         project: applied to the vector at each step, e.g. `subtract_mean`; None: nothing
         seed: of the start vector
 
     Returns:
         (B,), estimate of the largest |eigenvalue| of each image's Jacobian
+
+    Raises:
+        ConfigError: n_iter is no whole number above 0
     """
+    require_whole("n_iter", n_iter)
     project = project or (lambda v: v)
     tiny, column = torch.finfo(z.dtype).tiny, (-1,) + (1,) * (z.ndim - 1)
     v, growth = torch.randn(z.shape, generator=torch_rng("power", seed), dtype=z.dtype).to(z.device), []
@@ -87,18 +93,23 @@ def spectral_radius(f, z, n_iter: int = 40, project=None, seed: int = 0):
     return torch.stack(growth[n_iter // 2 :]).clamp(min=tiny).log().mean(0).exp()
 
 # %% ../nbs/24_jacobian.ipynb #ae12ff3f
+@takes_tuples
 def jacobian_penalty(f, z, probes: int = 1, seed: int = None):
     """Hutchinson's estimate of the squared Frobenius norm of the Jacobian (Bai, Koltun and Kolter 2021).
 
     Args:
         f: the map, (B, ...) to (B, ...)
-        z: where (B, ...); usually the detached answer
+        z: where (B, ...), usually the detached answer; or a tuple of states, then f takes and returns as many
         probes: random vectors, at least 1
         seed: of those vectors; None: torch's generator, which training seeds afresh in every step
 
     Returns:
         scalar, differentiable: ||J||_F^2 over the size of the state, mean over images
+
+    Raises:
+        ConfigError: probes is no whole number above 0
     """
+    require_whole("probes", probes)
     generator = None if seed is None else torch_rng("jacobian", seed)
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # fused attention cannot be differentiated twice
         z, total = z.detach().requires_grad_(), 0.0
@@ -110,12 +121,13 @@ def jacobian_penalty(f, z, probes: int = 1, seed: int = None):
     return total / probes
 
 # %% ../nbs/24_jacobian.ipynb #ae71b517
+@takes_tuples
 def residual_penalty(f, z):
     """How far z is from a fixed point of f, differentiable in both; the denominator carries no gradient.
 
     Args:
         f: the map, (B, ...) to (B, ...)
-        z: state (B, ...)
+        z: state (B, ...); or a tuple of states, then f takes and returns as many
 
     Returns:
         scalar: squared relative residual ||f(z) - z||^2 / ||f(z)||^2, mean over images

@@ -252,7 +252,7 @@ def normalize_weights(module, kind: str):
 
     Args:
         module: changed in place
-        kind: "weight" norm, "spectral" norm or "none"
+        kind: "weight" norm, "spectral" norm or "none"; torch cannot pickle the first two
 
     Returns:
         module

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .lab.core import require, send
+from .lab.core import ConfigError, require, send
 from .lab.images import check_labels, readable
 
 # %% ../nbs/10_precond.ipynb #6357900d
@@ -30,9 +30,10 @@ def check_sigma(sigma, x):
     images = isinstance(x, torch.Tensor) and x.ndim == 4 and x.is_floating_point()
     require(images, "a denoiser takes floating-point images (B, C, H, W)")
     number = isinstance(sigma, torch.Tensor | Real)
-    require(number, f"sigma must be a number or a tensor ({len(x)},), not a {type(sigma).__name__}")
+    require(number, f"sigma must be a number or a tensor (B,), not a {type(sigma).__name__}")
     levels = torch.as_tensor(sigma)
-    require(levels.numel() in (1, len(x)), f"sigma must be a number, or ({len(x)},), not {tuple(levels.shape)}")
+    if levels.numel() not in (1, x.shape[0]):  # made only now: a batch size in a message would be compiled in
+        raise ConfigError(f"sigma must be a number, or ({len(x)},), not {tuple(levels.shape)}")
     if readable(levels):
         good = ((levels > 0) & levels.isfinite()).all()
         require(good, f"sigma must be above 0 and finite, found {levels.min().item():g} .. {levels.max().item():g}")
@@ -100,7 +101,7 @@ def edm_coefficients(sigma, sigma_data: float):
 # %% ../nbs/10_precond.ipynb #3253d89e
 def _waves(c_noise, frequencies):
     "Sines, then cosines: (B,), (n/2,) -> (B, n)."
-    angle = torch.outer(c_noise.float(), frequencies)
+    angle = torch.outer(c_noise.float(), frequencies.float())
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
@@ -194,7 +195,7 @@ class EDMPrecond(nn.Module):
         """The expected clean image.
 
         Args:
-            x: image plus noise, (B, C, H, W)
+            x: image plus noise, (B, C, H, W), of any floating type; the network computes in that of its weights
             sigma: noise level, scalar or (B,), > 0
             labels: int64 (B,), -1 for "no class"; or None
             augment: augmentation labels, float (B, augment_dim), or None
@@ -211,7 +212,8 @@ class EDMPrecond(nn.Module):
         sigma = _on(x.device, sigma, torch.float32).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = edm_coefficients(sigma, self.sigma_data)
         classes = class_vectors(labels, self.num_classes, len(x), x.device)
-        F_x = self.model(c_in * x, c_noise.flatten().expand(len(x)), classes, augment)
+        own = next(self.parameters(), x).dtype  # the network's; all around it stays float32, as EDM's use_fp16 has it
+        F_x = self.model((c_in * x).to(own), c_noise.flatten().expand(len(x)), classes, augment)
         return c_skip * x + c_out * F_x.float()
 
 # %% ../nbs/10_precond.ipynb #09276c78

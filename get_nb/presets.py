@@ -73,7 +73,7 @@ def with_options(model: EquilibriumGET, **changes):
         **changes: fields of EquilibriumConfig that do not change its weights
 
     Returns:
-        EquilibriumGET on the same weights
+        EquilibriumGET on the same weights, with hooks of its own
 
     Raises:
         ConfigError: a field that decides the weights, one that has no effect, an unknown one, or a value out of range
@@ -86,6 +86,9 @@ def with_options(model: EquilibriumGET, **changes):
             f"{name} has no effect on {where}: with injection 'none' the state starts from the tokens",
         )
     other = copy.copy(model)
+    for name, value in vars(model).items():
+        if "_hooks" in name:  # a copy's hooks are its own
+            setattr(other, name, copy.copy(value))
     other.cfg = build_config(type(model.cfg), {**asdict(model.cfg), **changes}, where)
     other.config = {**model.config, **changes}
     check_combination(other.cfg, where)

@@ -243,12 +243,13 @@ class UNet(nn.Module):
         self.dec = _decoder(cfg, size, channels, widths, block)
 
     def _embed(self, c_noise, classes, augment):
-        emb = self.map_noise(c_noise)
+        own = self.map_layer0.weight.dtype
+        emb = self.map_noise(c_noise).to(own)
         if classes is not None:
-            emb = emb + self.map_label(classes * classes.shape[1] ** 0.5)
+            emb = emb + self.map_label(classes.to(own) * classes.shape[1] ** 0.5)
         if augment is not None:
             require(hasattr(self, "map_augment"), "augment: this network was made without (augment_dim = 0)")
-            emb = emb + self.map_augment(augment)
+            emb = emb + self.map_augment(augment.to(own))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def forward(self, x, c_noise, classes=None, augment=None):

@@ -17,7 +17,7 @@ from conftest import ROOT
 from get_nb.lab.data import load_data
 from get_nb.lab.pipeline import run_profile
 from get_nb.lab.profiles import demo_clone
-from lint import problems
+from lint import docstrings, problems, sizes
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 HEADING = "## (?!Exercise)"  # which stands in a room, not on the page
@@ -52,15 +52,24 @@ def test_a_room(tmp_path):
     exec(solution, names)
 
 
-def test_a_solver(monkeypatch):
+def test_a_solver(monkeypatch, tmp_path):
     from get_nb import solvers
 
-    monkeypatch.setattr(solvers, "SOLVERS", dict(solvers.SOLVERS))
+    monkeypatch.setitem(solvers.SOLVERS, "lazy", None)  # taken out again after the test
     names = dict(SOLVERS=solvers.SOLVERS, fixed_point_iter=get_nb.fixed_point_iter)
     exec(blocks("A solver")[0], names)
     z, stats = get_nb.solve(torch.cos, torch.zeros(2, 3), solver="lazy", max_iter=60, tol=1e-4)
     assert stats.converged.all()
     torch.testing.assert_close(z.cos(), z, rtol=0, atol=1e-3)
+    size = dict(image_size=8, channels=1)
+    model = get_nb.create_model("GET-digits/2", solver="lazy", **size)
+    with torch.no_grad():
+        assert model(torch.randn(2, 1, 8, 8)).shape == (2, 1, 8, 8)
+    with pytest.raises(get_nb.ConfigError, match="did you mean 'lazy'"):
+        get_nb.create_model("GET-digits/2", solver="lasy", **size)
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("#| export\n" + blocks("A solver")[0])])
+    nbformat.write(nb, tmp_path / "47_lazy.ipynb")
+    assert not [*docstrings(tmp_path / "47_lazy.ipynb"), *sizes(tmp_path / "47_lazy.ipynb")]
 
 
 def test_a_student(monkeypatch):

@@ -186,6 +186,30 @@ def test_a_phantom_gradient_without_a_step_is_refused():
         equilibrium(torch.tanh, torch.ones(1, 2), "phantom", phantom_steps=0, max_iter=2)
 
 
+@pytest.mark.parametrize(
+    "way, how",
+    [
+        ("implicit gradient", dict(gradient="implicit", state="normalized")),
+        ("constant memory", dict(constant_memory=True)),
+    ],
+)
+def test_a_second_derivative_is_refused_and_not_wrong(way, how):
+    f, W, b = tanh_map()
+    start = torch.zeros(2, 5, dtype=torch.float64)
+    (noise, labels), model = batch(), tiny(**how)
+    states = dict(
+        bare=equilibrium(lambda z: f(z, W, b), start, "implicit", solver="anderson", max_iter=30)[0]
+        if "implicit" in way
+        else unroll_constant(lambda z: f(z, W, b), start, 4, tensors=(W, b))[-1],
+        model=model.unrolled(noise.requires_grad_(), labels, n_iter=4)[-1],
+    )
+    for z, x in zip(states.values(), (b, noise)):
+        for loss in (z.sum(), z.square().sum()):  # the gradient that arrives needs no graph, or needs one
+            with pytest.raises(ConfigError, match=f"{way}: no second derivative"):
+                torch.autograd.grad(loss, x, create_graph=True)
+            assert torch.autograd.grad(loss, x, retain_graph=True)[0].abs().sum() > 0
+
+
 DDP = """
 import copy
 import torch
@@ -417,3 +441,88 @@ def test_a_training_step_with_an_implicit_gradient_can_be_counted():
     longer = with_options(model, adjoint_iter=6)
     shorter, more = (training_cost(m, DistillConfig(n_iter=3), 2)["train_gflop"] for m in (model, longer))
     assert more > 1.1 * shorter  # each product of the adjoint solver is counted
+
+
+def test_hooks_of_a_model_that_samples_otherwise_are_its_own():
+    model, calls = tiny(), []
+    other = with_options(model, n_iter=2)
+    other.register_forward_hook(lambda *given: calls.append("other"))
+    other.register_forward_pre_hook(lambda *given: calls.append("before"))
+    with torch.no_grad():
+        model(*batch())
+        assert not calls
+        other(*batch())
+    assert calls == ["before", "other"]
+
+
+def test_another_solver_samples_without_gradients_and_says_so_with_them():
+    model = with_options(tiny(), solver="anderson")
+    with pytest.raises(ConfigError, match=r"sample under torch.no_grad\(\)"):
+        model(*batch())
+    with torch.no_grad():
+        assert model(*batch()).isfinite().all()
+    with pytest.raises(ConfigError, match="solver = 'andersn'; did you mean 'anderson'"):
+        with_options(model, solver="andersn")
+
+
+def test_a_model_unrolls_as_often_as_its_preset_says():
+    model = tiny()
+    assert len(model.unrolled(*batch())) == len(model.trajectory(*batch())[1]) == model.cfg.n_iter == 4
+    released = GET(GETConfig(dim=8, heads=2, depth=1, n_iter=3), 3, 4, 1)
+    assert len(released.unrolled(batch()[0].float(), batch()[1])) == 3
+
+
+def test_labels_that_all_say_no_class_are_none():
+    none = torch.full((2,), -1)
+    for name in ("GET-digits-30/2", "ViT-digits/2"):
+        size = dict(TINY, num_classes=0)
+        model = create_model(name, **size).double().eval()
+        with torch.no_grad():
+            assert torch.equal(model(batch()[0], none), model(batch()[0]))
+            for labels in (torch.tensor([0, -1]), none[:1], none.float()):
+                with pytest.raises(ConfigError, match="labels"):
+                    model(batch()[0], labels)
+    with pytest.raises(ConfigError, match="labels must lie in 0..2"):
+        tiny()(batch()[0], none)
+
+
+@pytest.mark.parametrize("how", [dict(gradient="phantom"), dict(gradient="implicit", state="normalized"), dict()])
+def test_supervised_iterations_are_looked_at_whatever_the_gradient(how):
+    with pytest.raises(ConfigError, match="9 is not in 1..4"):
+        tiny(**how).unrolled(*batch(), n_iter=4, supervise=[9])
+
+
+@pytest.mark.parametrize(
+    "call, said",
+    [
+        (lambda f, z: equilibrium(f, z, "phantom", solver="anderson", max_iter=2, adjoint=dict(foo=3)), "option 'foo'"),
+        (
+            lambda f, z: equilibrium(f, z, "phantom", phantom_tau="1", solver="anderson", max_iter=2),
+            "phantom_tau = '1'",
+        ),
+        (lambda f, z: spectral_radius(f, z, n_iter=0), "n_iter = 0"),
+        (lambda f, z: jacobian_penalty(f, z, probes=0), "probes = 0"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused_though_nothing_uses_them(call, said):
+    with pytest.raises(ConfigError, match=said):
+        call(torch.tanh, torch.ones(2, 3))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_model_can_be_mapped_over_its_images():
+    noise, labels = batch(3)
+    for model, y in ((tiny(), labels), (create_model("GET-digits-30/2", **dict(TINY, num_classes=0)).double(), None)):
+        one = torch.func.vmap(lambda e, *c, model=model: model(e[None], *(v[None] for v in c))[0])
+        assert torch.allclose(one(noise, *([] if y is None else [y])), model(noise, y), atol=1e-9)
+
+
+@torch.no_grad()
+def test_an_export_refuses_a_tolerance_and_works_without():
+    noise, labels = batch()
+    with pytest.raises(ConfigError, match="torch.export .* use tol=None"):
+        torch.export.export(with_options(tiny(), tol=0.1), (noise, labels))
+    model = tiny()
+    exported = torch.export.export(model, (noise, labels)).module()
+    assert torch.allclose(exported(noise, labels), model(noise, labels))

@@ -121,3 +121,13 @@ def test_the_scheduler_that_the_pipeline_names_counts(pipe):
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(ConfigError, match="CMStochasticIterativeScheduler"):
         load_diffusers(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_teacher_in_another_type_denoises_and_answers_in_float32(dtype):
+    teacher = teacher_of(dict(_class_name="DDPMScheduler"))
+    x = torch.randn(2, 3, 8, 8)
+    whole = teacher(x, 1.5)
+    other = teacher.to(dtype)(x.to(dtype), 1.5)
+    assert other.dtype == torch.float32 and (other - whole).norm() < 0.05 * whole.norm()

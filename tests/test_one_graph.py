@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from get_nb.consistency import Consistency, consistency_loss, pseudo_huber
@@ -28,6 +29,7 @@ from get_nb.precond import edm_loss
 from get_nb.presets import build_model
 from get_nb.progressive import progressive_loss
 from get_nb.sampler import edm_sigmas
+from get_nb.solvers import solve
 from get_nb.teachers import build_teacher
 
 SHAPE, UNET = dict(image_size=8, channels=1), dict(base=8, mult=(1,), blocks=1, attention=(8,))
@@ -178,6 +180,35 @@ def test_the_denoiser_compiles_to_one_graph(num_classes):
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     levels = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)  # as a sampler gives them
     assert torch.allclose(compiled(x, levels, y), net(x, levels, y), rtol=1e-4, atol=1e-5)
+
+
+def both(net, b):
+    x, y = solve(lambda x, y: (torch.tanh(y), torch.cos(x)), (b.x, b.x), solver="anderson", max_iter=3)[0]
+    return x + y
+
+
+ANY_BATCH = {  # what is called with batches of several sizes
+    "GET": (get, lambda net, b: net(b.x, b.y)),
+    "GET, Anderson": (lambda: get(solver="anderson"), lambda net, b: net(b.x, b.y)),
+    "GET, unconditional": (lambda: build_model("GET-digits/2", **SHAPE), lambda net, b: net(b.x)),
+    "ViT": (lambda: get("ViT-digits/2"), lambda net, b: net(b.x, b.y)),
+    "teacher": (teacher, lambda net, b: net(b.x, 1.5, b.y)),
+    "teacher, levels": (teacher, lambda net, b: net(b.x, 1 + b.x[:, 0, 0, 0] ** 2, b.y)),
+    "two states": (nn.Module, both),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ANY_BATCH)
+def test_another_batch_size_is_no_other_graph(name):
+    create, call = ANY_BATCH[name]
+    net, counter = create().eval(), CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for n in (2, 3, 4, 5, 7):
+        b = Batch(torch.randn(n, 1, 8, 8), torch.arange(n) % 3, None, None)
+        assert torch.allclose(compiled(net, b), call(net, b), atol=1e-4)
+    assert counter.frame_count <= 2  # the second one is of any size
 
 
 def implicit(net, x):

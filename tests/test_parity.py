@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from get_nb.lab.released import load_edm_pickle
-from get_nb.lab.core import setup
+from get_nb.lab.core import setup, torch_rng
 from get_nb.lab.checkpoints import create_model
 from get_nb.sampler import euler_sample, heun_sample
 from get_nb.lab.checkpoints import create_teacher
@@ -122,3 +122,21 @@ def test_a_teacher_refuses_labels_that_it_cannot_use(wrong):
     plain = create_teacher("unet-digits", image_size=8, channels=1)
     with pytest.raises(ValueError, match="unconditional network"):
         plain(torch.zeros(4, 1, 8, 8), 2.0, torch.zeros(4, dtype=torch.int64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["unet-digits", "edm-cifar10-32x32-cond-ve"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_teacher_in_another_type_denoises_and_answers_in_float32(name, dtype):
+    size = dict(base=32, mult=(1,), blocks=1, attention=(8,), augment_dim=2)
+    teacher = create_teacher(name, num_classes=3, image_size=8, channels=1, **size).eval()
+    for p in teacher.parameters():
+        p.add_(0.05 * torch.randn(p.shape, generator=torch_rng("types")))
+    x, labels, augment = torch.randn(2, 1, 8, 8), torch.tensor([0, -1]), torch.ones(2, 2)
+    whole, drawn = teacher(x, 1.5, labels, augment), heun_sample(teacher, x, labels, num_steps=3)
+    teacher = teacher.to(dtype)
+    for given in (x, x.to(dtype), x.double()):
+        other = teacher(given, 1.5, labels, augment)
+        assert other.dtype == torch.float32 and (other - whole).norm() < 0.05 * whole.norm()
+    again = heun_sample(teacher, x.to(dtype), labels, num_steps=3)
+    assert again.dtype == torch.float64 and (again - drawn).norm() < 0.1 * drawn.norm()

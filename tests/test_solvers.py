@@ -8,6 +8,7 @@ import torch
 
 from get_nb.lab.core import ConfigError, torch_rng
 from get_nb.fixed_point import fixed_point_iter
+from get_nb.gradients import equilibrium
 from get_nb.solvers import SOLVERS, anderson, broyden, solve
 
 GOLDEN = json.loads((Path(__file__).parent / "data/deq_solvers.json").read_text(encoding="utf-8"))
@@ -181,3 +182,34 @@ def test_a_map_onto_zero_has_not_failed_and_an_empty_batch_is_one(name):
     assert not stats.failed.any() and stats.converged.all() and (z == 0).all()
     z, stats = solve(lambda z: 0.5 * z, torch.zeros(0, 3), name, max_iter=4)
     assert z.shape == (0, 3) and stats.rel_trace.shape == (0, 4)
+
+
+def test_of_equal_residuals_the_later_state_is_returned():
+    z, stats = fixed_point_iter(lambda z: 0.5 * z, torch.ones(2, 3), max_iter=30, tol=1e-3)
+    assert stats.rel_trace.eq(1).all() and stats.lowest_step.tolist() == [29, 29]  # it falls to 0, with the same ratio
+    assert z.abs().max() < 1e-8
+    frozen, stats = fixed_point_iter(lambda z: 0 * z + 1, torch.tensor([[1.0], [3.0]]), max_iter=5, tol=0.1)
+    assert stats.lowest_step.tolist() == [0, 1] and frozen.eq(1).all()
+    broken, stats = fixed_point_iter(lambda z: z / 0, torch.ones(1, 3), max_iter=3)
+    assert broken.eq(1).all() and stats.failed.all()
+
+
+def test_a_solver_of_ones_own_is_called_with_its_own_options():
+    f, start, W, b = linear(0.5)
+    seen = []
+
+    def mine(g, x0, *, max_iter, beta=1.0):
+        seen.append(beta)
+        return fixed_point_iter(g, x0, max_iter=max_iter, tau=beta)
+
+    for solver in (mine, anderson, lambda f, z0, **options: anderson(f, z0, **options)):
+        options = dict(beta=0.9) if solver is mine else dict(window=3)
+        z, _ = solve(f, start, solver=solver, max_iter=60, **options)
+        assert torch.allclose(f(z), z, atol=1e-9)
+        (x,), _ = solve(lambda z: (f(z),), (start,), solver=solver, max_iter=60, **options)
+        assert torch.allclose(x, z, atol=1e-12)
+    assert seen == [0.9, 0.9]
+    with pytest.raises(ConfigError, match="solver mine: unknown option 'bta'; did you mean 'beta'"):
+        solve(f, start, solver=mine, max_iter=3, bta=1.0)
+    z, _ = equilibrium(f, start.requires_grad_(), "unrolled", solver=fixed_point_iter, max_iter=3)
+    assert z.requires_grad

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from get_nb import equilibrium, solve, unroll, unroll_constant
+from get_nb.gradients import implicit, phantom
+from get_nb.jacobian import jacobian_penalty, residual_penalty, spectral_radius
 from get_nb.lab.core import ConfigError, torch_rng
 
 SHAPES = [((3,), (2, 2)), ((1,),), ((2, 3), (4,), (1, 2, 2))]
@@ -98,3 +100,22 @@ def test_a_tuple_that_is_no_system_is_refused_in_one_line(z0, reason, call):
 def test_a_map_that_returns_other_states_is_refused(wrong):
     with pytest.raises(ConfigError, match="f must return a tuple of 2 states"):
         solve(wrong, (torch.zeros(2, 3), torch.zeros(2, 4)), max_iter=3)
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_whatever_takes_a_map_and_a_state_takes_a_tuple(shapes):
+    parts, packed, split, w, start = system(shapes)
+    z = solve(packed, start, max_iter=40, tol=1e-9)[0].detach()
+    for method in (implicit, phantom):
+        got, wanted = method(parts, split(z)), method(packed, z)
+        assert all(torch.equal(a, b) for a, b in zip(got, split(wanted)))
+        a, b = (torch.autograd.grad(x, w)[0] for x in (sum(p.sum() for p in got), wanted.sum()))
+        assert torch.allclose(a, b, rtol=1e-9)
+    for penalty in (residual_penalty, lambda f, z: jacobian_penalty(f, z, seed=0), spectral_radius):
+        assert torch.equal(penalty(parts, split(z)), penalty(packed, z))
+    half = spectral_radius(parts, split(z), project=lambda *s: tuple(0.5 * p for p in s))
+    assert torch.allclose(half, spectral_radius(packed, z, project=lambda v: 0.5 * v))
+    by_place = unroll_constant(parts, split(z), 2, None, lambda *s: s[0].flatten(1).sum(1), [w])
+    assert by_place[0].shape == (5,)
+    with pytest.raises(ConfigError, match="read must return one tensor, not a tuple"):
+        unroll_constant(parts, split(z), 2, read=lambda *s: s, tensors=[w])

@@ -41,7 +41,7 @@ class DiffusersPrecond(EDMPrecond):
         Returns:
             time step, fractional, (B,)
         """
-        s, log = self.log_sigmas, sigma.double().log()
+        s, log = self.log_sigmas.double(), sigma.double().log()
         i = torch.searchsorted(s, log).clamp(1, len(s) - 1)
         return (i - 1 + (log - s[i - 1]) / (s[i] - s[i - 1])).clamp(0, len(s) - 1).float()
 
@@ -66,7 +66,8 @@ class DiffusersPrecond(EDMPrecond):
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
         scale = (1 + sigma**2).sqrt()
         time = self.time(sigma.flatten()).expand(len(x))
-        F_x = self.model(x / scale, time, labels if self.num_classes else None).sample
+        scaled = (x / scale).to(next(self.parameters(), x).dtype)
+        F_x = self.model(scaled, time, labels if self.num_classes else None).sample.float()
         if self.prediction == "sample":
             return F_x
         return x - sigma * F_x if self.prediction == "epsilon" else x / scale**2 - sigma / scale * F_x

@@ -314,14 +314,14 @@ class Fast(_Prepared):
         exact: in this precision, faster or not
     """
 
-    def unrolled(self, noise, labels=None, z0=None, n_iter: int = 6, supervise=None):
+    def unrolled(self, noise, labels=None, z0=None, n_iter: int = None, supervise=None):
         """The images after each supervised iteration, with gradient, decoded in one batch.
 
         Args:
             noise: (B, C, H, W)
             labels: int64 (B,), or None
             z0: start (B, T, d); None: the preset's
-            n_iter: iterations
+            n_iter: iterations; None: the preset's
             supervise: which of them; None: all
 
         Returns:
@@ -344,7 +344,7 @@ class Fast(_Prepared):
         x, f, addends = self._prologue(w, noise, labels, how)
         if not w.deq:
             return [self._images(w, x)]
-        z0 = self._start(noise, z0, dtype)
+        z0, n_iter = self._start(noise, z0, dtype), self.model.iterations(n_iter)
         if cfg.constant_memory and torch.is_grad_enabled():
             inside = [t for b in w.deq for t in b if t is not b.bias]  # that bias is in the addends
             used = [*addends, *inside, *w.final]

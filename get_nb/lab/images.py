@@ -134,17 +134,22 @@ def check_sizes(num_classes, image_size, channels):
     require_whole("channels", channels)
 
 # %% ../../nbs/lab/01_images.ipynb #410e1730
+# what torch.func.vmap hands to its function; torch has no public name for the question
+_stands_for_many = getattr(getattr(torch._C, "_functorch", None), "is_functorch_wrapped_tensor", lambda x: False)
+
+
 def readable(x) -> bool:
-    """Can the values of a tensor be looked at for nothing: on the CPU, outside of torch.compile, with values at all?
+    """Can the values of a tensor be looked at for nothing: on the CPU, outside torch.compile, with values of its own?
 
     Args:
         x: tensor
 
     Returns:
-        False for what lies on a GPU, is being compiled, or has no values (meta, fake)
+        False for what lies on a GPU, is being compiled, has no values (meta, fake), or stands for many (torch.func)
     """
-    plain = type(x) in (torch.Tensor, torch.nn.Parameter)
-    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():  # asked first: the compiler cannot follow the last question
+        return False
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and not _stands_for_many(x)
 
 # %% ../../nbs/lab/01_images.ipynb #71c78e4a
 def check_labels(labels, num_classes: int, batch: int, no_class: bool = False):
@@ -154,21 +159,23 @@ def check_labels(labels, num_classes: int, batch: int, no_class: bool = False):
         labels: what the model was given
         num_classes: of the model; 0: unconditional
         batch: B
-        no_class: the model takes None and -1 for "no class", as a teacher does
+        no_class: the model takes None and -1 for "no class", as a teacher does; an unconditional one takes labels
+            that are all -1, if they are `readable`
 
     Raises:
         ConfigError: labels are missing, not wanted, or of another type or shape; or, if `readable`, out of range
     """
     if labels is None:
-        known = no_class or not num_classes
-        require(known, f"this model is class-conditional: pass labels, int64 of shape ({batch},)")
+        if num_classes and not no_class:  # a batch size in a message that is made in any case would be compiled in
+            raise ConfigError(f"this model is class-conditional: pass labels, int64 of shape ({batch},)")
         return
     unwanted = "labels given to an unconditional network: pass labels=None, or build it with num_classes"
-    require(num_classes or no_class, unwanted)
-    fits = isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.shape == (batch,)
-    require(fits, f"labels must be int64 of shape ({batch},), not {describe(labels)}")
+    if not (isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.shape == (batch,)):
+        raise ConfigError(f"labels must be int64 of shape ({batch},), not {describe(labels)}")
+    require(num_classes or no_class or readable(labels), unwanted)
     if readable(labels) and batch:
-        first, low, high = -1 if no_class else 0, int(labels.min()), int(labels.max())
+        first = -1 if no_class or not num_classes else 0
+        low, high = int(labels.min()), int(labels.max())
         require(num_classes or high < 0, unwanted)
         in_range = low >= first and high < max(num_classes, 1)
         require(in_range, f"labels must lie in {first}..{num_classes - 1}, found {low}..{high}")

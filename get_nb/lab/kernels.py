@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from .choices import can_time, choose
 from .core import config, require
+from .graph import refuse_second
 
 # %% ../../nbs/lab/19_kernels.ipynb #233bc17b
 def one_dnn(x, w, bias=None, add=None, after="none"):
@@ -119,7 +120,6 @@ class LinearFunction(torch.autograd.Function):
         return _multiply(y, w, bias, add, how.forward)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         """Gradients of x, w, bias and add.
 
@@ -129,7 +129,11 @@ class LinearFunction(torch.autograd.Function):
 
         Returns:
             one gradient per argument of `forward`
+
+        Raises:
+            ConfigError: a second derivative is wanted
         """
+        refuse_second("a product of the fast path", "use the model itself")
         x, w, *kept = ctx.saved_tensors
         y = kept[0] if kept else F.gelu(x) if ctx.gelu else x
         tall = grad.shape[1] <= x.shape[1]  # the shape of product that oneDNN is faster at
@@ -217,8 +221,8 @@ class _Attend(torch.autograd.Function):
         return torch.cat([_written_out(*part) for part in _parts(q, k, v)])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        refuse_second("attention of the fast path", "use the model itself")
         gradients = [_attention_gradients(*part) for part in _parts(*ctx.saved_tensors, grad)]
         return *(torch.cat(pieces) for pieces in zip(*gradients)), None
 
