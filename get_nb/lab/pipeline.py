@@ -150,7 +150,6 @@ def _prepare_folder(folder: Path, key: dict, fresh: bool):
         with atomic_path(path) as tmp:
             tmp.write_text(text, encoding="utf-8")
 
-
 # %% ../../nbs/lab/39_pipeline.ipynb #52313c16
 def _given(stage: Stage, runs: Path, records: Path, cores: int) -> dict:
     "What a stage's notebook is run with: its parameters, and what only says where and how."
