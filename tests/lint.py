@@ -3,10 +3,11 @@
 Spine (nbs/NN_*.ipynb): functions of at most 25 lines, at most 150 exported lines. Lab (nbs/lab): 30 and 250.
 Docstrings, comments and blank lines are not counted. No line of code over 120 characters.
 Every public function, class and method says in its docstring what each argument is, what is returned and what is raised.
-A spine room ends with an exercise and its folded, tested solution.
+A spine room ends with an exercise and its folded, tested solution. No room says that it needs a lab room it does without.
 """
 
 import ast
+import functools
 import json
 import re
 import sys
@@ -183,14 +184,14 @@ def class_docstrings(node):
         yield from undocumented(f"{node.name}.{n.name}", n, doc if n.name == "__init__" else ast.get_docstring(n))
 
 
-def imports(path):
-    "Modules of get_nb that a notebook's exported cells import, at the top or inside a function: (module, names)."
-    for text in exported(path):
-        for n in ast.walk(ast.parse(text)):
-            if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "get_nb":
-                yield n.module.removeprefix("get_nb").lstrip("."), [a.name for a in n.names]
-            if isinstance(n, ast.Import):
-                yield from ((a.name.removeprefix("get_nb."), []) for a in n.names if a.name.startswith("get_nb."))
+def modules_in(text):
+    "Names below get_nb that some code imports, at the top or inside a function; functions among them."
+    for n in ast.walk(ast.parse(text)):
+        if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "get_nb":
+            base = n.module.removeprefix("get_nb").lstrip(".")
+            yield from [base, *(f"{base}.{a.name}".lstrip(".") for a in n.names)]  # `from get_nb.lab import stages`
+        if isinstance(n, ast.Import):
+            yield from (a.name.removeprefix("get_nb.") for a in n.names if a.name.startswith("get_nb."))
 
 
 def house(paths):
@@ -198,9 +199,7 @@ def house(paths):
     modules = {module_of(p): p for p in paths}
     graph = {m: set() for m in modules if m}
     for m in graph:
-        for base, names in imports(modules[m]):
-            inside = [f"{base}.{n}".lstrip(".") for n in names]  # `from get_nb.lab import stages`
-            graph[m] |= {x for x in [base, *inside] if x in graph}
+        graph[m] = {x for text in exported(modules[m]) for x in modules_in(text) if x in graph}
     return graph
 
 
@@ -288,7 +287,33 @@ def exercise(path):
         yield f"{path.name}: the solution is to assert that it is right, and not to be exported"
 
 
-RULES = (sizes, long_lines, side_effects, docstrings, encodings, exercise)
+@functools.cache
+def whole_house():
+    return house([*SPINE, *LAB])
+
+
+def named_rooms(path):
+    "Lab rooms that the introduction says are needed."
+    intro = " ".join(source(c) for c in cells(path, "markdown")[:2])
+    for said in re.findall(r"\bneeds (?:[^.;]*? and )?lab rooms? ([\w, ]+)", intro):
+        yield from (m for name in re.split(r", (?:and )?| and ", said) if (m := f"lab.{name}") in whole_house())
+
+
+def needless(path):
+    "Lab rooms that are said to be needed and are not imported, by the page or by what it imports."
+    todo, reached = {m for c in cells(path) for m in modules_in(source(c))}, set()
+    while todo:
+        m = todo.pop()
+        reached.add(m)
+        todo |= whole_house().get(m, set()) - reached
+    yield from (
+        f"{path.name}: needs lab room {m[4:]}, it says, and never imports it"
+        for m in named_rooms(path)
+        if m not in reached
+    )
+
+
+RULES = (sizes, long_lines, side_effects, docstrings, encodings, exercise, needless)
 
 
 def problems(path):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from conftest import ROOT, get_nb
+from get_nb.lab import launch
 from get_nb.lab.profiles import load_profile
 
 STAGES = load_profile(ROOT, "smoke")
@@ -121,3 +122,14 @@ def test_a_missing_record_is_named(tmp_path):
     (tmp_path / "evaluate_get/record.json").write_text(json.dumps(dict(stage="evaluate_get")), encoding="utf-8")
     with pytest.raises(ConfigError, match="did you mean 'evaluate_get'"):
         read_record(tmp_path, "evaluate_gt")
+
+
+def test_a_full_disk_that_names_no_file_is_said_in_words(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(launch, "run_notebook", full)
+    with pytest.raises(SystemExit) as stop:
+        launch.launch_main(["student.ipynb"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith(": a file, which the system does not name: No space left on device\n")

@@ -1,8 +1,10 @@
 """The installed package, outside of a clone, needs no development package; it makes a model, and its command is there."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 from conftest import ROOT
@@ -57,3 +59,11 @@ def test_the_wheel_imports_without_any_development_package(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {"get_nb.get", "get_nb.solvers", "get_nb.lab.core", "get_nb.lab.cli"} <= set(done.stdout.split())
     assert "Usage:" in done.stdout
+
+
+def test_the_package_promises_no_system_whose_modules_it_does_without():
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    systems = [c for c in about["classifiers"] if c.startswith("Operating System")]
+    code = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "get_nb").rglob("*.py"))
+    posix = re.findall(r"^import (pwd|resource|fcntl|grp|termios)$", code, re.M)
+    assert not posix or systems == ["Operating System :: POSIX :: Linux"]

@@ -33,6 +33,7 @@ from lint import (
     house,
     imports_by_string,
     module_of,
+    needless,
     problems,
     public_names,
     source,
@@ -122,6 +123,13 @@ def test_a_spine_room_without_a_folded_exercise_is_noticed(fault, tmp_path):
     assert not list(exercise(path))
     path.write_text(json.dumps(nb | dict(cells=FAULTS[fault](nb["cells"]))), encoding="utf-8")
     assert list(exercise(path))
+
+
+def test_a_room_that_is_said_to_be_needed_and_is_not_imported_is_found(tmp_path):
+    text = (ROOT / "nbs/lab/38_launch.ipynb").read_text(encoding="utf-8")
+    path = tmp_path / "38_launch.ipynb"
+    path.write_text(text.replace("lab rooms parameters,", "lab rooms pipeline, parameters,"), encoding="utf-8")
+    assert list(needless(path)) == ["38_launch.ipynb: needs lab room pipeline, it says, and never imports it"]
 
 
 def test_imports_of_exported_cells_run_one_way():

@@ -12,10 +12,11 @@ import yaml
 
 from conftest import ROOT, get_nb, in_process
 from get_nb.lab.shapes import DRAWS, SHAPES, draw_numbers, make_shapes, render_shapes, shape_distance
+from get_nb.lab.core import FileError
 from get_nb.lab.profiles import load_profile
 from get_nb.lab.costs import data_of, stage_cost, teacher_cost
 from get_nb.lab.measured import measured_rates, published_nearest, published_same
-from get_nb.lab.price import price_table
+from get_nb.lab.price import price_table, read_speeds
 from get_nb.lab.stages import why_run
 
 
@@ -207,6 +208,16 @@ def test_a_published_stage_counts_as_the_same_only_if_what_it_reads_does_too(sam
     stages["get"].params["lr"] = stages["get"].params["lr"] if same else 0.5
     found = published_same(stages["evaluate_get"], stages, rates, machine)
     assert (found is not None) == same and (not same or found.profile == "cpu")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"device": "cuda"}'])
+def test_a_damaged_published_benchmark_is_named(text, tmp_path, monkeypatch):
+    path = tmp_path / "results/bench/record_gpu/record.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr("get_nb.lab.price.find_root", lambda: tmp_path)
+    with pytest.raises(FileError, match=f"^{path}: damaged record"):
+        read_speeds()
 
 
 def test_a_price_names_its_sources_and_refuses_what_it_does_not_know(capsys):

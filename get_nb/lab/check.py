@@ -97,7 +97,7 @@ def seed_spreads(results) -> dict:
         (data, distance, conditional, samples, path in a record) -> {std, rows, kinds}: relative, pooled over rows
     """
     groups = {}
-    for table in sorted(Path(results).glob("*/tables/*.json")):
+    for table in sorted(Path(results).glob("[!.]*/tables/*.json")):
         for c in (c for row in _read(table)["rows"] for c in row.values() if isinstance(c, dict) and "std" in c):
             stages = tuple(s.split(":")[0] for s in c["source"])
             if len(set(stages)) > 1:

@@ -17,7 +17,7 @@ from pathlib import Path
 from .core import ConfigError, FileError, in_clone, is_main, nearest, require
 from .parameters import check_parameters, declared_parameters, read_yaml
 from .state import TrainingError
-from .surroundings import find_home, soften_streams
+from .surroundings import find_home, say_os_error, soften_streams
 
 # %% ../../nbs/lab/38_launch.ipynb #3a88807d
 def launch(function, args=(), processes: int = 2):
@@ -150,7 +150,7 @@ def launch_main(args=None):
     except TrainingError as e:
         _fail(1, e)
     except OSError as e:
-        _fail(2, f"{e.filename or ''}: {e.strerror or e}")
+        _fail(2, say_os_error(e))
     import torch
 
     if torch.distributed.is_initialized():

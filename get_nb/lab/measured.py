@@ -97,7 +97,7 @@ def measured_rates(results: Path) -> dict:
         FileError: a record or a manifest is damaged
     """
     out, read = {}, lru_cache(read_manifest)
-    for path in sorted(Path(results).glob("*/records/*/record.json")):
+    for path in sorted(Path(results).glob("[!.]*/records/*/record.json")):
         profile, stage = path.parents[2], path.parent.name
         entry = read(profile / "manifest.json").get(stage)
         try:

@@ -165,9 +165,16 @@ def _read_record(path: Path) -> dict:
 
 
 def _published_gpu(folder: Path) -> Path | None:
-    "The newest published record of a GPU."
-    read = [(json.loads(p.read_text(encoding="utf-8")), p) for p in folder.glob("record_*/record.json")]
-    return max(((r["date"], p) for r, p in read if r["device"] == "cuda"), default=(None, None))[1]
+    "The newest published record of a GPU. Raises FileError."
+    dated = []
+    for path in folder.glob("record_*/record.json"):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if record["device"] == "cuda":
+                dated.append((str(record["date"]), path))
+        except (ValueError, KeyError, TypeError):
+            raise FileError(f"{path}: damaged record; get back the committed one, or remove it") from None
+    return max(dated, default=(None, None))[1]
 
 
 def read_speeds(path=None) -> dict:

@@ -13,12 +13,12 @@ import re
 import shutil
 from pathlib import Path
 
-from .core import home_folder, require
+from .core import ConfigError, home_folder, require
 from .files import read_checkpoint, save_tensors, sha256_file, write_json
-from .pipeline import run_stage
+from .pipeline import run_stage, stage_lock
 from .profiles import Stage, load_profile, select_stages
 from .shipped import MODEL_FILE, model_card, shipped_folder
-from .stages import code_hashes, is_record, profile_note, profile_runs, read_manifest, read_stamp
+from .stages import code_hashes, is_record, locked, profile_note, profile_runs, read_manifest, read_stamp
 from .stages import record_hashes, refuse_other, runs_folder, stage_key, why_run
 
 # %% ../../nbs/lab/40_publishing.ipynb #fa6d495c
@@ -101,8 +101,8 @@ def _clean_output(output: dict, hidden: list) -> dict:
     "An output as everybody's run would give it: no counts, no addresses in memory, no paths of this machine."
 
     def clean(text: str) -> str:
-        for path in hidden:
-            text = text.replace(f"{path}/", "").replace(path, ".")
+        for path in hidden:  # whole: /home/user is no part of /home/user2
+            text = re.sub(rf"(?<![\w.-]){re.escape(path)}(/|(?![\w-]|\.\w))", lambda m: "" if m[1] else ".", text)
         return re.sub(r" at 0x[0-9a-f]+", "", text)
 
     output = dict(output)
@@ -131,7 +131,7 @@ def _write_page(notebook: Path, path: Path, parameters: dict, hidden=()):
     nb = parameterize_notebook(nbformat.read(notebook, 4), parameters)
     kernel = dict(display_name="python3", language="python", name="python3")
     nb.metadata = nbformat.from_dict(dict(kernelspec=kernel))
-    folders = sorted(map(str, hidden), key=len, reverse=True)
+    folders = sorted((str(p) for p in hidden if len(Path(p).parts) > 1), key=len, reverse=True)  # "/" is everywhere
     for cell in nb.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = nbformat.from_dict(dict(tags=tags) if tags else {})
@@ -145,12 +145,30 @@ def _write_page(notebook: Path, path: Path, parameters: dict, hidden=()):
     path.write_text(nbformat.writes(nb) + "\n", encoding="utf-8")
 
 # %% ../../nbs/lab/40_publishing.ipynb #1488e92c
+def _put_back(target: Path):
+    "Undo the first rename of a publish that was killed before its second."
+    old = target.with_name(f".{target.name}.old")
+    if old.is_dir() and not target.is_dir():
+        os.replace(old, target)
+
+
+@contextlib.contextmanager
+def _reserved(stages: dict, runs: Path, target: Path):
+    "Keep other processes from running these stages and from publishing to this folder."
+    target.parent.mkdir(parents=True, exist_ok=True)
+    busy = ConfigError(f"{target} is being published by another process; wait for it")
+    with contextlib.ExitStack() as held:
+        held.enter_context(locked(target.with_name(f".{target.name}.lock"), busy))
+        _put_back(target)
+        for s in stages.values() if runs.is_dir() else ():
+            held.enter_context(stage_lock(s, runs))
+        yield
+
+
 @contextlib.contextmanager
 def _replacing(target: Path, keep: bool):
     "The new content of a folder, built beside it (from the old one, with `keep`); it takes its place at the end."
     new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    if old.is_dir() and not target.is_dir():
-        os.replace(old, target)  # an earlier publish was killed between its two renames
     for p in (new, old):
         shutil.rmtree(p, ignore_errors=True)
     if keep and target.is_dir():
@@ -210,14 +228,18 @@ def _refuse_other_results(root: Path, profile: str, target: Path, shipped: str):
     refuse_other(root, profile, target, note, "run and publish it under that name")
 
 
-def _publish_stages(stages: dict, runs: Path, root: Path, profile: str, keep: bool) -> str:
-    "Publish stages of one folder of runs; with `keep`, beside what is published; -> one line."
+def _publish_stages(stages: dict, runs: Path, root: Path, profile: str, keep: bool, complaint) -> str:
+    "Publish stages of one folder of runs if there is no `complaint` of any; with `keep`, beside what is published."
     name, note = Path(profile).stem, profile_note(root, profile)
     target, shipped = root / "results" / name, f"nbs/paper/profiles/{name}.yaml"
     _refuse_other_results(root, profile, target, shipped)
-    with _replacing(target, keep) as new:
+    with _reserved(stages, runs, target), _replacing(target, keep) as new:
+        for s in stages.values():
+            require(not (said := complaint(s)), f"stage {s.name} {said}")
         manifest = dict(profile=name, stages=read_manifest(target / "manifest.json") if keep else {})
         manifest |= {} if note == shipped else dict(file=note)
+        for stale in (f for name in stages for f in manifest["stages"].get(name, {}).get("files", ())):
+            (new / stale).unlink(missing_ok=True)
         manifest["stages"] |= {s.name: _publish_stage(s, runs, new, root, name) for s in stages.values()}
         write_json(new / "manifest.json", manifest)
     return f"published {len(stages)} stages to {target}"
@@ -237,16 +259,18 @@ def publish_profile(root: Path, profile: str, group=None, runs=None, keep: bool 
         one line
 
     Raises:
-        ConfigError: a stage is not up to date
+        ConfigError: a stage is not up to date, or another process publishes this profile
+        StageError: another process runs a stage of it
         FileError: the published manifest is damaged
     """
     stages = select_stages(load_profile(root, profile), group=group)
     folder = profile_runs(root, profile, runs)
-    for s in stages.values():
+
+    def complaint(s):
         reason = why_run(s, folder, keep)
-        hint = f"run 'get-nb reproduce --profile {profile}' first"
-        require(not reason, f"stage {s.name} is not up to date ({reason}); {hint}")
-    return _publish_stages(stages, folder, root, profile, keep=bool(group))
+        return reason and f"is not up to date ({reason}); run 'get-nb reproduce --profile {profile}' first"
+
+    return _publish_stages(stages, folder, root, profile, bool(group), complaint)
 
 # %% ../../nbs/lab/40_publishing.ipynb #15c6b45a
 def stale_records(root: Path, name: str) -> list:
@@ -277,6 +301,7 @@ def _drawable(root: Path, profile: str) -> tuple:
     "Folder of a profile's published records, and the tables and figures that can be drawn from them."
     name = Path(profile).stem
     records = root / "results" / name / "records"
+    _put_back(records.parent)
     hint = "run 'get-nb reproduce' and 'get-nb publish'"
     require(records.is_dir(), f"{records}: no published records of profile {name!r}; {hint}")
 
@@ -297,7 +322,7 @@ def redraw(root: Path, profile: str, runs=None) -> None:
         runs: folder for runs; by default runs/ in the clone
 
     Raises:
-        ConfigError: nothing is published, or the folder cannot be written to
+        ConfigError: nothing is published, or the folder cannot be written to, or another run uses it
         StageError: a notebook failed
     """
     name = Path(profile).stem
@@ -305,10 +330,12 @@ def redraw(root: Path, profile: str, runs=None) -> None:
     folder = runs_folder(root, f"{name}-redrawn", runs)
     for line in stale_records(root, name):
         print(line)
-    for s in stages.values():
-        key = stage_key(s, folder, record_hashes(s, records))
-        run_stage(s, key, root, folder, fresh=True, records=records)
-        print(f"{s.name}: drawn into {folder / s.name}", flush=True)
+    busy = ConfigError(f"{folder} is in use by another run; wait for it, or name another folder with --runs")
+    with locked(folder / ".lock", busy):
+        for s in stages.values():
+            key = stage_key(s, folder, record_hashes(s, records))
+            run_stage(s, key, root, folder, fresh=True, records=records)
+            print(f"{s.name}: drawn into {folder / s.name}", flush=True)
     print(compare_tables(folder, root / "results" / name))
 
 # %% ../../nbs/lab/40_publishing.ipynb #3871d339
@@ -324,17 +351,20 @@ def publish_redrawn(root: Path, profile: str, runs=None) -> str:
         one line
 
     Raises:
-        ConfigError: nothing is published, or something has not been redrawn since its code or a record changed
+        ConfigError: nothing is published, or something has not been redrawn since its code or a record changed, or
+            another process publishes this profile
+        StageError: another process redraws it
         FileError: the published manifest is damaged
     """
     name = Path(profile).stem
     records, stages = _drawable(root, profile)
     folder = profile_runs(root, f"{name}-redrawn", runs)
-    for s in stages.values():
+
+    def complaint(s):
         reason = why_run(s, folder, inputs=record_hashes(s, records))
-        hint = f"run 'get-nb reproduce --profile {profile} --redraw' first"
-        require(not reason, f"stage {s.name} is not redrawn ({reason}); {hint}")
-    return _publish_stages(stages, folder, root, profile, keep=True)
+        return reason and f"is not redrawn ({reason}); run 'get-nb reproduce --profile {profile} --redraw' first"
+
+    return _publish_stages(stages, folder, root, profile, True, complaint)
 
 # %% ../../nbs/lab/40_publishing.ipynb #f6076638
 _MOST_BYTES = 16 * 2**20  # of all shipped files

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .core import ConfigError, find_root, nearest, require
+from .files import atomic_path
 from .records import Column, show_cell, table_markdown
 from .stages import read_manifest
 
@@ -89,6 +90,25 @@ def _hours_of(root: Path, profile: str) -> str:
     return table_markdown(dict(title=title, columns=[asdict(c) for c in columns], rows=rows, notes=[])).rstrip() + "\n"
 
 # %% ../../nbs/lab/49_readme.ipynb #1e0e7bb5
+_KINDS = ("table", "value", "hours")
+
+
+def _check_marks(text: str):
+    "ConfigError unless every comment with a colon begins a block of a known kind, and the next mark ends it."
+    begun = ""
+    for mark in re.finditer(r"<!--\s*(?:end|(\w+)\s*:.*?)\s*-->", text, re.S):
+        kind, shown = mark[1], " ".join(mark[0].split())
+        if kind is None:
+            require(begun, f"{shown} in line {text.count(chr(10), 0, mark.start()) + 1} ends no block")
+            begun = ""
+            continue
+        require(kind in _KINDS, f"block {shown}: unknown kind {kind!r}{nearest(kind, _KINDS)}")
+        require(re.fullmatch(r"<!-- \w+: [^>]+? -->", mark[0]), f"block {shown}: write it as <!-- {kind}: ... -->")
+        require(not begun, f"block {begun} does not end: <!-- end --> is missing before {shown}")
+        begun = shown
+    require(not begun, f"block {begun} does not end: <!-- end --> is missing")
+
+
 def fill_blocks(root: Path, text: str) -> str:
     """A markdown text with all its blocks written from the published tables and manifests.
 
@@ -100,8 +120,10 @@ def fill_blocks(root: Path, text: str) -> str:
         the text; outside the blocks nothing changes
 
     Raises:
-        ConfigError: a block names a table, row, column or option that does not exist
+        ConfigError: a block names a table, row, column or option that does not exist, is of no known kind, or does
+            not end
     """
+    _check_marks(text)
 
     def block(match):
         name, options = _read_block(match[2])
@@ -131,6 +153,7 @@ def write_texts(root=None) -> None:
         ConfigError: there is no clone, or a block cannot be filled
     """
     root = find_root(root)
-    for name in TEXTS:
-        text = (root / name).read_text(encoding="utf-8")
-        (root / name).write_text(fill_blocks(root, text), encoding="utf-8")
+    filled = {name: fill_blocks(root, (root / name).read_text(encoding="utf-8")) for name in TEXTS}
+    for name, text in filled.items():
+        with atomic_path(root / name) as tmp:
+            tmp.write_text(text, encoding="utf-8")
