@@ -16,7 +16,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from .distillation import DistillConfig, distill_loss
 from .get import GET
 from .lab.core import EVAL_SEED, Ints, autocast, config, progress, send
-from .lab.core import require, require_callable, require_config, require_model
+from .lab.core import require, require_callable, require_config, require_model, unwrapped
 from .lab.counting import flops, kept_bytes
 from .lab.images import ImageSet, check_bytes, finite_bytes
 from .pairs import draw_noise
@@ -43,11 +43,11 @@ def generate(
     Returns:
         float32 (B, C, H, W) around [-1, 1]
     """
-    run = formulation or model
+    run = model if formulation is None else formulation
     with autocast(precision, noise.device):
-        if isinstance(model, EDMPrecond):
+        if isinstance(unwrapped(model), EDMPrecond):
             return SAMPLERS[sampler](model, noise, labels, num_steps=num_steps).float()
-        if isinstance(model, GET):
+        if isinstance(unwrapped(model), GET):
             return run(noise, labels, n_iter=n_iter)
         return run(noise, labels)
 
@@ -128,7 +128,7 @@ def cost(model, conditional: bool = True, **how) -> dict:
     labels = None if labels is None else labels.to(device)
     total = flops(lambda: generate(model, noise.to(device), labels, **how))  # of two images
     evaluations = 1
-    if isinstance(model, EDMPrecond):
+    if isinstance(unwrapped(model), EDMPrecond):
         evaluations = num_evaluations(how.get("num_steps", 18), how.get("sampler", "heun"))
     parameters = sum(p.numel() for p in model.parameters())
     return dict(evaluations=evaluations, gmac=total / 2 / 2 / 1e9, parameters=parameters)
@@ -276,16 +276,16 @@ def family(model) -> str:
     said = getattr(model, "meta", {}).get("family")
     if said:
         return said
-    if isinstance(model, EDMPrecond):
+    if isinstance(unwrapped(model), EDMPrecond):
         return "teacher"
-    return "get" if isinstance(model, GET) else "vit"
+    return "get" if isinstance(unwrapped(model), GET) else "vit"
 
 # %% ../nbs/32_evaluation.ipynb #fc686145
 def _ways(model, cfg: EvalConfig) -> list:
     "The ways of sampling a model that cfg asks for: its own first, then the sweep."
-    if isinstance(model, EDMPrecond):
+    if isinstance(unwrapped(model), EDMPrecond):
         return [dict(num_steps=n, sampler=cfg.sampler) for n in (cfg.num_steps, *cfg.sweep)]
-    if isinstance(model, GET):
+    if isinstance(unwrapped(model), GET):
         return [dict(n_iter=n) for n in (model.cfg.n_iter, *cfg.sweep)]
     return [{}]
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileError', 'UnreadableFileError', 'UnsafeFileError',
-           'require', 'require_whole', 'require_model', 'whole_numbers', 'require_callable', 'require_config',
-           'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng', 'torch_rng', 'seed_everything',
-           'keep_memory', 'steady', 'setup', 'autocast', 'send', 'is_main', 'find_root', 'home_folder', 'in_clone',
-           'progress']
+           'require', 'require_whole', 'require_model', 'unwrapped', 'whole_numbers', 'require_callable',
+           'require_config', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng', 'torch_rng',
+           'seed_everything', 'keep_memory', 'steady', 'setup', 'autocast', 'send', 'is_main', 'find_root',
+           'home_folder', 'in_clone', 'progress']
 
 # %% ../../nbs/lab/00_core.ipynb #511b90ae
 import ctypes
@@ -103,6 +103,18 @@ def require_model(what: str, model, named: bool = False):
     require(network, f"{what}: a torch module is needed, not a {type(model).__name__}")
     advice = "make it with create_model, create_teacher or load_checkpoint"
     require(not named or hasattr(model, "config"), f"{what}: a {type(model).__name__} without a config; {advice}")
+
+
+def unwrapped(model):
+    """The model itself where torch.compile has wrapped it: its kind is asked of this one, the other one is called.
+
+    Args:
+        model: nn.Module, compiled or not
+
+    Returns:
+        nn.Module, the one that was compiled
+    """
+    return getattr(model, "_orig_mod", model)
 
 
 def whole_numbers(name: str, values) -> list:

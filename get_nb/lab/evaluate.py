@@ -19,7 +19,7 @@ from ..distillation import DistillConfig
 from ..evaluation import EvalConfig, evaluate, generate
 from ..get import GET, ViT
 from .checkpoints import load_checkpoint
-from .core import ConfigError, progress, require, require_whole, setup
+from .core import ConfigError, progress, require, require_whole, setup, unwrapped
 from .data import load_data, short_name
 from .fast import Fast, require_options
 from .figures import image_grid
@@ -67,7 +67,7 @@ def sampling_formulation(model, precision: str):
     Raises:
         ConfigError: the model has options that the fast formulation lacks
     """
-    if precision == "float32" or not isinstance(model, ViT):
+    if precision == "float32" or not isinstance(unwrapped(model), ViT):
         return None
     return Fast(model, precision, exact=True)
 

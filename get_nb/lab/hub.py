@@ -12,7 +12,7 @@ import torch
 
 from ..get import GET
 from .checkpoints import build_described, load_checkpoint
-from .core import ConfigError, FileError, require, require_model, require_whole
+from .core import ConfigError, FileError, require, require_model, require_whole, unwrapped
 from .files import atomic_path
 from .shipped import model_card
 
@@ -38,7 +38,7 @@ class OneStepModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, description: dict, network=None):
         super().__init__()
-        self.network = network or build_described(dict(description), "description")
+        self.network = build_described(dict(description), "description") if network is None else network
 
     @classmethod
     def of(cls, network):
@@ -70,7 +70,7 @@ class OneStepModel(ModelMixin, ConfigMixin):
         Returns:
             image (B, C, H, W), around [-1, 1]
         """
-        how = dict(n_iter=n_iter) if n_iter and isinstance(self.network, GET) else {}
+        how = dict(n_iter=n_iter) if n_iter and isinstance(unwrapped(self.network), GET) else {}
         return self.network(noise, class_labels, **how)
 
 # %% ../../nbs/lab/50_hub.ipynb #c03d6d9d
@@ -78,8 +78,9 @@ def _iterations(network, asked):
     "How many steps the bar shows; refused where a model does not iterate."
     if asked is not None:
         require_whole("num_inference_steps", asked)
-    if isinstance(network, GET):
-        return asked or network.cfg.n_iter
+    if isinstance(unwrapped(network), GET):
+        steps = asked or network.cfg.n_iter
+        return steps if network is unwrapped(network) else 1  # nothing looks into a compiled pass
     one = asked in (None, 1)
     require(one, f"num_inference_steps = {asked}: {network.config['name']} has one step and does not iterate")
     return 1

@@ -1,0 +1,78 @@
+"""What users of torch do out of habit, around a call or to a model: the answer is the same, or a refusal in one line."""
+
+import pytest
+import torch
+
+import get_nb
+from get_nb.evaluation import EvalConfig, _ways, cost, family, generate, sample_images
+from get_nb.lab.evaluate import sampling_formulation
+
+SIZE = dict(num_classes=10, image_size=8, channels=1)
+
+
+def get_of(**more):
+    "A small GET, eval mode; its weights are the same at each call."
+    torch.manual_seed(0)
+    model = get_nb.create_model("GET-digits/2", **SIZE, **{**dict(dim=8, heads=2, depth=1), **more})
+    for p in model.parameters():  # fresh, the last layer is zero and so is every image
+        p.data.add_(0.1 * torch.randn(p.shape))
+    return model.eval()
+
+
+def teacher_of(**more):
+    "A small teacher, likewise."
+    torch.manual_seed(0)
+    model = get_nb.create_teacher("unet-digits", **SIZE, **{**dict(base=8), **more})
+    for p in model.parameters():
+        p.data.add_(0.05 * torch.randn(p.shape))
+    return model.eval()
+
+
+def vit_of():
+    torch.manual_seed(0)
+    return get_nb.create_model("ViT-digits/2", **SIZE, dim=8, heads=2, depth=1).eval()
+
+
+KINDS = dict(get=get_of, teacher=teacher_of, vit=vit_of)
+
+
+@pytest.fixture
+def uncompiled():
+    "torch.compile wraps as it does, and computes as before: these tests are of the wrapping."
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_model_is_still_what_it_is(kind, uncompiled):
+    model = KINDS[kind]()
+    wrapped, how = compiled(model), dict(get=dict(n_iter=1), teacher=dict(num_steps=2), vit={})[kind]
+    assert torch.equal(sample_images(wrapped, 4, **how)[0], sample_images(model, 4, **how)[0])
+    assert family(wrapped) == kind
+    assert cost(wrapped, **how) == cost(model, **how)
+    asked = EvalConfig(num_steps=2, sweep=(1,))
+    assert _ways(wrapped, asked) == _ways(model, asked)
+    in_place = sampling_formulation(wrapped, "bf16")
+    assert type(in_place) is type(sampling_formulation(model, "bf16"))
+
+
+def test_a_compiled_formulation_takes_the_models_place(uncompiled):
+    model, noise, labels = get_of(), torch.ones(2, 1, 8, 8), torch.tensor([3, 7])
+    assert torch.equal(generate(model, noise, labels, formulation=compiled(model)), generate(model, noise, labels))
+
+
+def test_a_compiled_model_makes_the_images_of_a_pipeline(uncompiled):
+    model = get_of()
+    made = {}
+    for network in (model, compiled(model)):
+        pipe = get_nb.OneStepPipeline(network)
+        pipe.set_progress_bar_config(disable=True)
+        for n in (2, 3):
+            rng = torch.Generator().manual_seed(0)
+            image = pipe(class_labels=[3, 7], num_inference_steps=n, generator=rng, output_type="pt").images
+            assert torch.equal(image, made.setdefault(n, image))
+    assert not torch.equal(made[2], made[3])
