@@ -16,7 +16,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from .distillation import DistillConfig, distill_loss
 from .get import GET
 from .lab.core import EVAL_SEED, Ints, autocast, config, progress, send
-from .lab.core import require, require_callable, require_config, require_model, unwrapped
+from .lab.core import require, require_callable, require_config, require_eval, require_model, unwrapped
 from .lab.counting import flops, kept_bytes
 from .lab.images import ImageSet, check_bytes, finite_bytes
 from .pairs import draw_noise
@@ -42,8 +42,12 @@ def generate(
 
     Returns:
         float32 (B, C, H, W) around [-1, 1]
+
+    Raises:
+        ConfigError: a model in training mode with dropout, or what the model or its sampler refuses
     """
     run = model if formulation is None else formulation
+    require_eval("model", run)
     with autocast(precision, noise.device):
         if isinstance(unwrapped(model), EDMPrecond):
             return SAMPLERS[sampler](model, noise, labels, num_steps=num_steps).float()
@@ -124,9 +128,8 @@ def cost(model, conditional: bool = True, **how) -> dict:
         dict of evaluations, gmac (1e9 multiply-adds per image), parameters
     """
     device = next(model.parameters()).device
-    noise, labels = _start(model, range(2), conditional)
-    labels = None if labels is None else labels.to(device)
-    total = flops(lambda: generate(model, noise.to(device), labels, **how))  # of two images
+    noise, labels = (send(x, device) for x in _start(model, range(2), conditional))
+    total = flops(lambda: generate(model, noise, labels, **how))  # of two images
     evaluations = 1
     if isinstance(unwrapped(model), EDMPrecond):
         evaluations = num_evaluations(how.get("num_steps", 18), how.get("sampler", "heun"))
@@ -147,8 +150,7 @@ def training_cost(model, cfg: DistillConfig, batch_size: int = 8, distance=None)
         dict of train_gflop (1e9 FLOP, forward and backward) and activation_mb (1e6 bytes), both per image
     """
     device = next(model.parameters()).device
-    noise, labels = _start(model, range(batch_size))
-    noise, labels = noise.to(device), None if labels is None else labels.to(device)
+    noise, labels = (send(x, device) for x in _start(model, range(batch_size)))
 
     def step():
         return distill_loss(model, noise, labels, torch.zeros_like(noise), cfg, distance=distance)

@@ -107,6 +107,9 @@ def sample_pairs(denoiser, seeds, cfg: PairsConfig):
 
     Returns:
         dict of tensors on the CPU: seed, label int64 (B,); image float32 (B, C, H, W); noise, if it is to be stored
+
+    Raises:
+        ConfigError: as the samplers, a denoiser in training mode with dropout too
     """
     device = next(itertools.chain(denoiser.parameters(), denoiser.buffers()), torch.empty(0)).device
     noise, labels = draw_noise(seeds, cfg.shape, cfg.num_classes)

@@ -12,13 +12,14 @@ from numbers import Real
 import torch
 from pydantic import NonNegativeFloat
 
-from .lab.core import build_config, config, require, require_whole, send, torch_rng
+from .lab.core import build_config, config, require, require_eval, require_whole, send, torch_rng
 
 # %% ../nbs/12_sampler.ipynb #8fc19f3e
 def _require_usable(denoiser, noise):
     require(
         callable(denoiser), f"denoiser: called as denoiser(x, sigma, labels); a {type(denoiser).__name__} cannot be"
     )
+    require_eval("denoiser", denoiser)
     floating = isinstance(noise, torch.Tensor) and noise.ndim > 1 and noise.is_floating_point()
     require(floating, "noise must be a floating-point tensor (B, C, H, W)")
     require(
@@ -79,7 +80,8 @@ def euler_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002,
         images, float64 (B, C, H, W)
 
     Raises:
-        ConfigError: noise that is not floating-point, or levels that `edm_sigmas` refuses
+        ConfigError: noise that is not floating-point, levels that `edm_sigmas` refuses, or a denoiser in training mode
+            with dropout
     """
     _require_usable(denoiser, noise)
     sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho, noise.device)
@@ -156,8 +158,8 @@ def heun_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002, 
         images, float64 (B, C, H, W)
 
     Raises:
-        ConfigError: noise that is not floating-point, levels that `edm_sigmas` refuses, or churn that is negative,
-            unknown or of an empty range
+        ConfigError: noise that is not floating-point, levels that `edm_sigmas` refuses, churn that is negative,
+            unknown or of an empty range, or a denoiser in training mode with dropout
     """
     churn = build_config(Churn, churn, "churn")
     require(churn.S_min <= churn.S_max, f"churn: S_min = {churn.S_min} is above S_max = {churn.S_max}")

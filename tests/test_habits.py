@@ -4,8 +4,12 @@ import pytest
 import torch
 
 import get_nb
+from get_nb import euler_sample, heun_sample
 from get_nb.evaluation import EvalConfig, _ways, cost, family, generate, sample_images
+from get_nb.lab.checkpoints import build_described
+from get_nb.lab.core import ConfigError
 from get_nb.lab.evaluate import sampling_formulation
+from get_nb.pairs import PairsConfig, sample_pairs
 
 SIZE = dict(num_classes=10, image_size=8, channels=1)
 
@@ -76,3 +80,43 @@ def test_a_compiled_model_makes_the_images_of_a_pipeline(uncompiled):
             image = pipe(class_labels=[3, 7], num_inference_steps=n, generator=rng, output_type="pt").images
             assert torch.equal(image, made.setdefault(n, image))
     assert not torch.equal(made[2], made[3])
+
+
+def dropping_teacher():
+    return teacher_of(dropout=0.5).train()
+
+
+def mean_flow():
+    return build_described(dict(builder="meanflow", name="unet-digits", base=8, dropout=0.5, **SIZE), "here").train()
+
+
+PAIRS = PairsConfig(n=2, shape=(1, 8, 8), num_classes=10, num_steps=2, teacher="small")
+WAYS = {
+    "Heun": lambda: heun_sample(dropping_teacher(), torch.ones(1, 1, 8, 8), num_steps=2),
+    "Euler": lambda: euler_sample(dropping_teacher(), torch.ones(1, 1, 8, 8), num_steps=2),
+    "of a compiled teacher": lambda: heun_sample(compiled(dropping_teacher()), torch.ones(1, 1, 8, 8), num_steps=2),
+    "pairs": lambda: sample_pairs(dropping_teacher(), [0, 1], PAIRS),
+    "images": lambda: sample_images(dropping_teacher(), 2, num_steps=2),
+    "images in one step": lambda: sample_images(mean_flow(), 2),
+    "torch's own dropout": lambda: heun_sample(torch.nn.Dropout(0.5), torch.ones(1, 1, 8, 8), num_steps=2),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_sampled_with_dropout(way):
+    with pytest.raises(ConfigError, match=r"training mode .*call \.eval\(\)"):
+        WAYS[way]()
+
+
+def test_without_dropout_the_mode_is_the_callers():
+    for model in (get_of(), teacher_of()):
+        assert torch.equal(sample_images(model.train(), 2)[0], sample_images(model.eval(), 2)[0])
+
+
+def test_weights_are_loaded_for_sampling(tmp_path):
+    get_nb.save_checkpoint(tmp_path / "t.safetensors", teacher_of(dropout=0.5))
+    get_nb.save_checkpoint(tmp_path / "g.safetensors", get_of())
+    t = get_nb.create_teacher("unet-digits", **SIZE, base=8, dropout=0.5, pretrained=tmp_path / "t.safetensors")
+    g = get_nb.create_model("GET-digits/2", **SIZE, dim=8, heads=2, depth=1, pretrained=tmp_path / "g.safetensors")
+    assert not t.training and not g.training
+    assert get_nb.create_teacher("unet-digits").training  # torch's habit: fresh weights are to be trained

@@ -123,14 +123,14 @@ def create_model(
         **overrides: fields of the preset's configuration
 
     Returns:
-        nn.Module: model(noise, labels=None, z0=None) -> images
+        nn.Module: model(noise, labels=None, z0=None) -> images; in eval mode if its weights are loaded
 
     Raises:
         ConfigError: unknown name or field, or a value out of range
         FileError: the checkpoint cannot be read or was made for another model
     """
     model = build_model(name, num_classes=num_classes, image_size=image_size, channels=channels, **overrides)
-    return model if pretrained is None else load_weights(model, pretrained)
+    return model if pretrained is None else load_weights(model, pretrained).eval()
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #f8578de5
 def create_teacher(
@@ -147,14 +147,15 @@ def create_teacher(
         **overrides: fields of the preset's configuration
 
     Returns:
-        EDMPrecond: denoiser(x, sigma, labels=None) -> estimate of the clean image
+        EDMPrecond: denoiser(x, sigma, labels=None) -> estimate of the clean image; in eval mode, without the dropout of
+        training, if its weights are loaded
 
     Raises:
         ConfigError: unknown name or field, or a value out of range
         FileError: the checkpoint cannot be read or was made for another model
     """
     teacher = build_teacher(name, num_classes=num_classes, image_size=image_size, channels=channels, **overrides)
-    return teacher if pretrained is None else load_weights(teacher, pretrained)
+    return teacher if pretrained is None else load_weights(teacher, pretrained).eval()
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #0cbcc789
 @functools.cache

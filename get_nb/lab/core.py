@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileError', 'UnreadableFileError', 'UnsafeFileError',
-           'require', 'require_whole', 'require_model', 'unwrapped', 'whole_numbers', 'require_callable',
-           'require_config', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng', 'torch_rng',
-           'seed_everything', 'keep_memory', 'steady', 'setup', 'autocast', 'send', 'is_main', 'find_root',
+           'require', 'require_whole', 'require_model', 'require_eval', 'unwrapped', 'whole_numbers',
+           'require_callable', 'require_config', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng',
+           'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup', 'autocast', 'send', 'is_main', 'find_root',
            'home_folder', 'in_clone', 'progress']
 
 # %% ../../nbs/lab/00_core.ipynb #511b90ae
@@ -20,7 +20,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Literal, dataclass_transform
 
@@ -103,6 +103,22 @@ def require_model(what: str, model, named: bool = False):
     require(network, f"{what}: a torch module is needed, not a {type(model).__name__}")
     advice = "make it with create_model, create_teacher or load_checkpoint"
     require(not named or hasattr(model, "config"), f"{what}: a {type(model).__name__} without a config; {advice}")
+
+
+def require_eval(what: str, model):
+    """Refuse a model that leaves out features at random: no image of it could be made again.
+
+    Args:
+        what: it is called in the message
+        model: nn.Module, or any other function
+
+    Raises:
+        ConfigError: it is in training mode, and has dropout
+    """
+    for m in model.modules() if hasattr(model, "modules") else ():
+        share = getattr(m, "p" if "Dropout" in type(m).__name__ else "dropout", 0)
+        drops = m.training and isinstance(share, Real) and share > 0
+        require(not drops, f"{what}: in training mode its dropout makes other images at each call: call .eval()")
 
 
 def unwrapped(model):
