@@ -1,12 +1,16 @@
 """What users of torch do out of habit, around a call or to a model: the answer is the same, or a refusal in one line."""
 
+import copy
+
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import get_nb
 from get_nb import euler_sample, heun_sample
 from get_nb.evaluation import EvalConfig, _ways, cost, family, generate, sample_images
 from get_nb.lab.checkpoints import build_described
+from get_nb.lab.classifier import create_classifier
 from get_nb.lab.core import ConfigError
 from get_nb.lab.evaluate import sampling_formulation
 from get_nb.pairs import PairsConfig, sample_pairs
@@ -120,3 +124,67 @@ def test_weights_are_loaded_for_sampling(tmp_path):
     g = get_nb.create_model("GET-digits/2", **SIZE, dim=8, heads=2, depth=1, pretrained=tmp_path / "g.safetensors")
     assert not t.training and not g.training
     assert get_nb.create_teacher("unet-digits").training  # torch's habit: fresh weights are to be trained
+
+
+def one_step():
+    return build_described(dict(builder="one-step", name="unet-digits", base=8, **SIZE), "here")
+
+
+def classifier():
+    return create_classifier(width=8, **SIZE)
+
+
+BUILT = dict(KINDS, meanflow=mean_flow, one_step=one_step, classifier=classifier)
+
+
+@pytest.mark.parametrize("kind", BUILT)
+def test_a_compiled_model_is_saved_as_itself(kind, tmp_path, uncompiled):
+    model = BUILT[kind]()
+    for name, m in dict(plain=model, whole=compiled(model), copied=copy.deepcopy(compiled(model))).items():
+        before = torch.get_rng_state()
+        get_nb.save_checkpoint(tmp_path / f"{name}.safetensors", m)
+        assert torch.equal(before, torch.get_rng_state())
+        again = get_nb.load_checkpoint(tmp_path / f"{name}.safetensors")
+        assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    files = {p.read_bytes() for p in tmp_path.iterdir()}
+    assert len(files) == 1
+
+
+def averaged(model):
+    wrapped = torch.optim.swa_utils.AveragedModel(model)
+    wrapped.config = model.config
+    return wrapped
+
+
+def with_a_layer(model):
+    model.head = torch.nn.Linear(2, 2)
+    return model
+
+
+def weight_normed(model):
+    torch.nn.utils.parametrizations.weight_norm(model.final_layer.linear)
+    return model
+
+
+def pruned(model):
+    prune.l1_unstructured(model.final_layer.linear, "weight", 0.5)
+    return model
+
+
+def wider(model):
+    model.final_layer.linear = torch.nn.Linear(16, 4)
+    return model
+
+
+@pytest.mark.parametrize("change", [averaged, with_a_layer, weight_normed, pruned, wider], ids=lambda f: f.__name__)
+def test_what_could_not_be_loaded_is_not_saved(change, tmp_path):
+    with pytest.raises(ConfigError, match="model: .*changed after it was built"):
+        get_nb.save_checkpoint(tmp_path / "m.safetensors", change(get_of()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_without_values_are_not_saved(tmp_path):
+    with torch.device("meta"):
+        model = get_nb.create_model("GET-digits/2", **SIZE)
+    with pytest.raises(ConfigError, match="without values"):
+        get_nb.save_checkpoint(tmp_path / "m.safetensors", model)

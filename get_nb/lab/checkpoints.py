@@ -11,13 +11,15 @@ import functools
 import os
 from pathlib import Path
 
+import torch
+
 from ..kd import OneStep, create_one_step
 from ..meanflow import MeanFlow, create_meanflow
 from .classifier import create_classifier
 from ..get import ViT
 from .core import ConfigError, FileError, UnsafeFileError, nearest, require
 from .diffusers import create_diffusers_teacher
-from .files import fit_weights, read_checkpoint, save_checkpoint, write_json
+from .files import before_saving, check_fit, fit_weights, read_checkpoint, save_checkpoint, write_json
 from .shipped import MODEL_FILE, find_checkpoint, model_card
 from ..precond import EDMPrecond
 from ..presets import build_model
@@ -57,6 +59,22 @@ def build_described(config, where):
         return _BUILDERS[builder](**{k: v for k, v in config.items() if k != "builder"})
     except (ConfigError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as e:
         raise FileError(f"{where}: its model cannot be built: {' '.join(str(e).split())[:200]}") from None
+
+# %% ../../nbs/lab/23_checkpoints.ipynb #7c1e52ab
+def _check_described(config, tensors: dict):
+    "Refuse weights (name -> tensor) that the model of their configuration could not take."
+    if not isinstance(config, dict) or config.get("builder") not in _BUILDERS:
+        return  # not one of this package's models
+    with torch.random.fork_rng([]), torch.device("meta"):
+        own = build_described(config, "model").state_dict()
+    try:
+        check_fit(own, tensors, "model")
+    except FileError as e:
+        changed = "it was changed after it was built, and no file could bring it back; undo that first"
+        raise ConfigError(f"{str(e).removesuffix(': made for another model')}: {changed}") from None
+
+
+before_saving.append(_check_described)
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #e3be727a
 def load_checkpoint(path):
