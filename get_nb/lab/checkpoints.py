@@ -65,7 +65,7 @@ def _check_described(config, tensors: dict):
     "Refuse weights (name -> tensor) that the model of their configuration could not take."
     if not isinstance(config, dict) or config.get("builder") not in _BUILDERS:
         return  # not one of this package's models
-    with torch.random.fork_rng([]), torch.device("meta"):
+    with torch.random.fork_rng([]), torch.device("cpu"):
         own = build_described(config, "model").state_dict()
     try:
         check_fit(own, tensors, "model")
