@@ -7,11 +7,11 @@ import torch
 from torch.nn.utils import prune
 
 import get_nb
-from get_nb import euler_sample, heun_sample
+from get_nb import DistillConfig, euler_sample, heun_sample
 from get_nb.evaluation import EvalConfig, _ways, cost, family, generate, sample_images
 from get_nb.lab.checkpoints import build_described
 from get_nb.lab.classifier import create_classifier
-from get_nb.lab.core import ConfigError
+from get_nb.lab.core import ConfigError, torch_rng
 from get_nb.lab.evaluate import sampling_formulation
 from get_nb.pairs import PairsConfig, sample_pairs
 
@@ -188,3 +188,51 @@ def test_weights_without_values_are_not_saved(tmp_path):
         model = get_nb.create_model("GET-digits/2", **SIZE)
     with pytest.raises(ConfigError, match="without values"):
         get_nb.save_checkpoint(tmp_path / "m.safetensors", model)
+
+
+class Pairs:
+    "Stored pairs, in memory."
+
+    num_classes, manifest = 10, dict(shards=[])
+
+    def __init__(self, n=16):
+        self.noise, self.label = torch.randn(n, 1, 8, 8, generator=torch_rng("habits")), torch.arange(n) % 10
+
+    def __len__(self):
+        return len(self.noise)
+
+    def batch(self, index):
+        return dict(noise=self.noise[index], label=self.label[index], image=self.noise[index].tanh())
+
+
+def distilled(model=None, n_iter=2, **how):
+    "The weights after three steps."
+    cfg = get_nb.TrainConfig(steps=3, batch_size=8, **how)
+    trained, _ = get_nb.distill(model or get_of(), Pairs(), DistillConfig(n_iter=n_iter), cfg)
+    return trained.state_dict()
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.mark.parametrize("gradient", ["unrolled", "phantom", "implicit"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_callers_autocast_reaches_no_training(precision, gradient):
+    own = distilled(get_of(gradient=gradient), precision=precision)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert equal(distilled(get_of(gradient=gradient), precision=precision), own)
+
+
+def test_the_callers_autocast_reaches_no_metric(tmp_path):
+    get_nb.save_checkpoint(tmp_path / "c.safetensors", classifier())
+    network, images = get_nb.load_features(tmp_path / "c.safetensors"), get_nb.load_data("digits", "test").images[:20]
+    own = network(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert equal(network(images), own)
+
+
+@pytest.mark.parametrize("word", ["float16", "bfloat16", "fp32", "", None, torch.float16])
+def test_a_precision_that_is_not_known_is_refused(word):
+    with pytest.raises(ConfigError, match="precision .*; choose from float32, bf16, fp16"):
+        generate(get_of(), torch.ones(1, 1, 8, 8), precision=word)

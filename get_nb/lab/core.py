@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Literal, dataclass_transform
+from typing import Annotated, Literal, dataclass_transform, get_args
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
@@ -407,9 +407,14 @@ def autocast(precision: Precision, device):
 
     Returns:
         a context manager
+
+    Raises:
+        ConfigError: another precision
     """
     import torch
 
+    known = get_args(Precision)
+    require(precision in known, f"precision {precision!r}; choose from {', '.join(known)}")
     kind, dtype = torch.device(device).type, torch.float16 if precision == "fp16" else torch.bfloat16
     if precision == "float32" and not torch.amp.is_autocast_available(kind):
         return nullcontext()  # meta: there is nothing to switch off

@@ -26,7 +26,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from .classifier import load_classifier
-from .core import ConfigError, FileError, require, rng
+from .core import ConfigError, FileError, autocast, require, rng
 from .effnet import EffnetFeatures, effnet_distance, effnet_size, is_effnet
 from .files import atomic_path, sha256_file
 from .images import check_bytes, content_key, to_float
@@ -172,11 +172,11 @@ class FeatureNetwork:
             channels = f"these have {images.shape[1]} channel(s)"
             raise ConfigError(f"Inception needs colour images, {channels}: name a classifier instead")
         cuda = self.device.type == "cuda"
-        out = get_featuresdict_from_dataset(
-            _Bytes(images), self.extractor, self.batch_size, cuda, save_cpu_ram=True, verbose=False
-        )
-        features, logits = (out[k] for k in _layers_of(type(self.extractor)))
-        return dict(features=features, logits=logits)
+        with autocast("float32", self.device):
+            out = get_featuresdict_from_dataset(
+                _Bytes(images), self.extractor, self.batch_size, cuda, save_cpu_ram=True, verbose=False
+            )
+        return {name: out[k] for name, k in zip(("features", "logits"), _layers_of(type(self.extractor)))}
 
     def reference(self, images):
         """The same for a set that others are compared with, computed once.

@@ -71,7 +71,8 @@ def descend(run: Run, optimizer, lr: float, terms) -> dict:
         with autocast(cfg.precision, run.device):
             found = terms(share)
         loss = next(iter(found.values()))
-        run.scaler.scale(loss * weight).backward()
+        with autocast("float32", run.device):  # what the backward pass computes again is not the caller's autocast's
+            run.scaler.scale(loss * weight).backward()
         for name, value in found.items():
             means[name] = means.get(name, 0.0) + weight * value.detach()
     weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -80,6 +81,7 @@ def descend(run: Run, optimizer, lr: float, terms) -> dict:
     run.norms.append(torch.nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf))
     run.scaler.step(optimizer)
     run.scaler.update()
+    torch.clear_autocast_cache()  # inside the caller's autocast it would hold on to weights as they were
     return means
 
 # %% ../../nbs/lab/12_train.ipynb #bf91b721
