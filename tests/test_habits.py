@@ -1,7 +1,9 @@
 """What users of torch do out of habit, around a call or to a model: the answer is the same, or a refusal in one line."""
 
 import copy
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.utils import prune
@@ -236,3 +238,62 @@ def test_the_callers_autocast_reaches_no_metric(tmp_path):
 def test_a_precision_that_is_not_known_is_refused(word):
     with pytest.raises(ConfigError, match="precision .*; choose from float32, bf16, fp16"):
         generate(get_of(), torch.ones(1, 1, 8, 8), precision=word)
+
+
+X = torch.linspace(-1, 1, 16).view(8, 2)
+
+
+def trained(loss, model=None, **how):
+    "A line's history."
+    torch.manual_seed(0)
+    return get_nb.train(model or torch.nn.Linear(2, 1), loss, get_nb.TrainConfig(steps=2, batch_size=8), **how)[1]
+
+
+def mean(model, step, share):
+    return model(X[share]).mean()
+
+
+LOSSES = {
+    "a number": (lambda m, s, h: 1.0, "loss: a scalar tensor is needed"),
+    "a number of numpy": (lambda m, s, h: np.float32(1), "loss: a scalar tensor is needed"),
+    "nothing": (lambda m, s, h: None, "loss: a scalar tensor is needed"),
+    "no losses": (lambda m, s, h: {}, "loss: none was returned"),
+    "a loss per image": (lambda m, s, h: m(X[h]), r"not a \[8, 1\]"),
+    "whole numbers": (lambda m, s, h: torch.tensor(1), "without gradient"),
+    "detached": (lambda m, s, h: mean(m, s, h).detach(), "loss: a tensor without gradient"),
+    "a number beside it": (lambda m, s, h: dict(loss=mean(m, s, h), size=1.0), "size: a scalar tensor"),
+    **{n: (lambda m, s, h, n=n: {"loss": mean(m, s, h), n: X.mean()}, n) for n in ("step", "watch", "seconds")},
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_loss_that_cannot_be_descended_is_refused(kind):
+    loss, said = LOSSES[kind]
+    with pytest.raises(ConfigError, match=said):
+        trained(loss)
+
+
+def test_training_wants_gradients_whatever_the_caller_wants():
+    own = distilled()
+    with torch.no_grad():
+        assert equal(distilled(), own)
+    model = get_of()
+    with torch.inference_mode(), pytest.raises(ConfigError, match=r"torch.inference_mode\(\) .* leave its block"):
+        distilled(model)
+    with torch.inference_mode():
+        made = get_of()
+    with pytest.raises(ConfigError, match=r"torch.inference_mode\(\) .* make it outside"):
+        distilled(made)
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 1).requires_grad_(False), torch.nn.ReLU()], ids=str)
+def test_a_model_without_a_weight_to_train_is_refused(model):
+    with pytest.raises(ConfigError, match="nothing to train"):
+        trained(mean, model)
+
+
+@pytest.mark.parametrize("identity", [dict(a=Path("x")), dict(a=float("nan")), {(1, 2): 3}, ["a"]], ids=str)
+def test_an_identity_that_no_checkpoint_could_confirm_is_refused(identity, tmp_path):
+    with pytest.raises(ConfigError, match="identity: "):
+        trained(mean, state_dir=tmp_path / "state", identity=identity)
+    assert not (tmp_path / "state").exists()
