@@ -90,7 +90,7 @@ def sample_seeds(model, seeds: range, conditional: bool = True, **how):
     images = generate(model, send(noise, device), send(labels, device), **how)
     images = finite_bytes(images, seeds, model.config.get("name", "the model"))
     ms = 1000 * (time.perf_counter() - began) / len(seeds)
-    return images, torch.full((len(seeds),), -1) if labels is None else labels, ms
+    return images, torch.full((len(seeds),), -1, device="cpu") if labels is None else labels, ms
 
 # %% ../nbs/32_evaluation.ipynb #3ccaa561
 def _seed_batches(first: int, n: int, batch_size: int) -> list:

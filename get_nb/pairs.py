@@ -55,7 +55,7 @@ def draw_noise(seeds, shape, num_classes: int):
         noise float32 (B, C, H, W), labels int64 (B,)
     """
     noise = torch.from_numpy(np.stack([pair_noise(s, shape) for s in seeds]))
-    return noise, torch.tensor([pair_label(s, num_classes) for s in seeds])
+    return noise, torch.tensor([pair_label(s, num_classes) for s in seeds], dtype=torch.int64, device="cpu")
 
 # %% ../nbs/13_pairs.ipynb #4a89dedf
 @config
@@ -111,7 +111,7 @@ def sample_pairs(denoiser, seeds, cfg: PairsConfig):
     Raises:
         ConfigError: as the samplers, a denoiser in training mode with dropout too
     """
-    device = next(itertools.chain(denoiser.parameters(), denoiser.buffers()), torch.empty(0)).device
+    device = next(itertools.chain(denoiser.parameters(), denoiser.buffers()), torch.empty(0, device="cpu")).device
     noise, labels = draw_noise(seeds, cfg.shape, cfg.num_classes)
     levels = dict(num_steps=cfg.num_steps, sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max, rho=cfg.rho)
     images = []
@@ -120,7 +120,7 @@ def sample_pairs(denoiser, seeds, cfg: PairsConfig):
         with autocast(cfg.precision, device):
             x = SAMPLERS[cfg.sampler](denoiser, send(e, device), y, **levels)
         images.append(x.float().cpu())
-    pairs = dict(seed=torch.tensor(list(seeds)), label=labels, image=torch.cat(images))
+    pairs = dict(seed=torch.tensor(list(seeds), device="cpu"), label=labels, image=torch.cat(images))
     if cfg.store_noise:
         pairs["noise"] = noise
     return pairs

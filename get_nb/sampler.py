@@ -136,7 +136,8 @@ def _add_noise(x, t, i: int, num_steps: int, churn: Churn):
         return x, t
     inside = (churn.S_min <= t) & (t <= churn.S_max)  # 1 or 0, on the device: elsewhere t_hat = t and nothing is added
     t_hat = t * (1 + inside.to(t.dtype) * min(churn.S_churn / num_steps, 2**0.5 - 1))
-    eps = send(torch.randn(x.shape, dtype=x.dtype, generator=torch_rng("churn", churn.seed, i)), x.device)
+    eps = torch.randn(x.shape, dtype=x.dtype, generator=torch_rng("churn", churn.seed, i), device="cpu")
+    eps = send(eps, x.device)
     return x + (t_hat**2 - t**2).sqrt() * churn.S_noise * eps, t_hat
 
 # %% ../nbs/12_sampler.ipynb #0ae84d79

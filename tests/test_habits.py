@@ -11,11 +11,16 @@ from torch.nn.utils import prune
 import get_nb
 from get_nb import DistillConfig, euler_sample, heun_sample
 from get_nb.evaluation import EvalConfig, _ways, cost, family, generate, sample_images
+from get_nb.gdd import draw_inputs
 from get_nb.lab.checkpoints import build_described
-from get_nb.lab.classifier import create_classifier
+from get_nb.lab.classifier import create_classifier, load_classifier, train_classifier
 from get_nb.lab.core import ConfigError, torch_rng
 from get_nb.lab.evaluate import sampling_formulation
-from get_nb.pairs import PairsConfig, sample_pairs
+from get_nb.lab.generation import generate_pairs
+from get_nb.lab.images import flip_some
+from get_nb.meanflow import MeanFlowConfig, train_meanflow
+from get_nb.pairs import PairsConfig, draw_noise, sample_pairs
+from get_nb.progressive import draw_examples
 
 SIZE = dict(num_classes=10, image_size=8, channels=1)
 
@@ -93,6 +98,7 @@ def dropping_teacher():
 
 
 def mean_flow():
+    torch.manual_seed(0)
     return build_described(dict(builder="meanflow", name="unet-digits", base=8, dropout=0.5, **SIZE), "here").train()
 
 
@@ -133,7 +139,8 @@ def one_step():
 
 
 def classifier():
-    return create_classifier(width=8, **SIZE)
+    torch.manual_seed(0)
+    return create_classifier(width=4, **SIZE)
 
 
 BUILT = dict(KINDS, meanflow=mean_flow, one_step=one_step, classifier=classifier)
@@ -198,7 +205,7 @@ class Pairs:
     num_classes, manifest = 10, dict(shards=[])
 
     def __init__(self, n=16):
-        self.noise, self.label = torch.randn(n, 1, 8, 8, generator=torch_rng("habits")), torch.arange(n) % 10
+        self.noise, self.label = draw_noise(range(n), (1, 8, 8), 10)
 
     def __len__(self):
         return len(self.noise)
@@ -297,3 +304,102 @@ def test_an_identity_that_no_checkpoint_could_confirm_is_refused(identity, tmp_p
     with pytest.raises(ConfigError, match="identity: "):
         trained(mean, state_dir=tmp_path / "state", identity=identity)
     assert not (tmp_path / "state").exists()
+
+
+def trained_classifier():
+    model, data = classifier(), get_nb.load_data("digits", "train")
+    return train_classifier(model, data, get_nb.TrainConfig(steps=2, batch_size=8))[0].state_dict()
+
+
+def drawn_pairs(folder):
+    generate_pairs(teacher_of(), folder, PAIRS)
+    return get_nb.PairDataset(folder).batch([0, 1])
+
+
+def measured(folder):
+    with torch.device("cpu"):
+        get_nb.save_checkpoint(folder / "c.safetensors", classifier())
+        network = get_nb.load_features(folder / "c.safetensors")
+    train, test = (get_nb.load_data("digits", split) for split in ("train", "test"))
+    cfg = EvalConfig(samples=12, num_steps=2)
+    result, images, labels = get_nb.evaluate(teacher_of(), cfg, train, test, network, "digits")
+    return {k: torch.tensor(result[k]["fd"], dtype=torch.float64, device="cpu") for k in ("train", "test")} | dict(
+        images=images, labels=labels
+    )
+
+
+def one_progressive_draw():
+    cfg = get_nb.TrainConfig(steps=1, batch_size=4)
+    return dict(enumerate(draw_examples(get_nb.load_data("digits", "train"), 4, 0, cfg, True)))
+
+
+def meanflowed():
+    with torch.device("cpu"):
+        model, data = mean_flow(), get_nb.load_data("digits", "train")
+    cfg = get_nb.TrainConfig(steps=2, batch_size=4)
+    return train_meanflow(model, data, MeanFlowConfig(), cfg)[0].state_dict()
+
+
+def gan_draw():
+    cfg = get_nb.TrainConfig(steps=1, batch_size=4)
+    return dict(enumerate(draw_inputs((1, 8, 8), 10, 0, cfg)))
+
+
+WORK = {
+    "a distillation": lambda folder: distilled(),
+    "a teacher's augmented step": lambda folder: dict(
+        x=flip_some(torch.eye(4, device="cpu").view(4, 1, 2, 2), torch_rng("a"))
+    ),
+    "a classifier's training": lambda folder: trained_classifier(),
+    "pairs": drawn_pairs,
+    "an evaluation": measured,
+    "progressive distillation's draw": lambda folder: one_progressive_draw(),
+    "MeanFlow": lambda folder: meanflowed(),
+    "an adversary's draw": lambda folder: gan_draw(),
+}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "The models of this file are made on the CPU, in float32, whatever the test sets."
+
+    def on_cpu(make):
+        def made(**more):
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(torch.float32)
+            with torch.device("cpu"):
+                model = make(**more)
+            torch.set_default_dtype(before)
+            return model
+
+        return made
+
+    for name in ("get_of", "teacher_of", "classifier", "mean_flow"):
+        monkeypatch.setitem(globals(), name, on_cpu(globals()[name]))
+
+
+@pytest.mark.parametrize("work", WORK)
+def test_the_default_device_and_type_are_the_callers_business(work, small, tmp_path):
+    own = WORK[work](tmp_path / "own")
+    torch.set_default_device("meta")  # in the place of a GPU: what lands there by mistake has no values
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert equal(WORK[work](tmp_path / "other"), own)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_models_are_float32_whatever_torchs_default(dtype, tmp_path):
+    own = {kind: sample_images(get_nb.load_checkpoint(f"digits-{kind}"), 2)[0] for kind in ("get", "vit", "teacher")}
+    get_nb.save_checkpoint(tmp_path / "c.safetensors", classifier())
+    torch.set_default_dtype(dtype)
+    try:
+        for kind, images in own.items():
+            assert torch.equal(sample_images(get_nb.load_checkpoint(f"digits-{kind}"), 2)[0], images)
+        made = [get_of(), teacher_of(), load_classifier(tmp_path / "c.safetensors")]
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {t.dtype for m in made for t in m.state_dict().values()} == {torch.float32}

@@ -17,7 +17,7 @@ from ..kd import OneStep, create_one_step
 from ..meanflow import MeanFlow, create_meanflow
 from .classifier import create_classifier
 from ..get import ViT
-from .core import ConfigError, FileError, UnsafeFileError, nearest, require
+from .core import ConfigError, FileError, UnsafeFileError, default_float32, nearest, require
 from .diffusers import create_diffusers_teacher
 from .files import before_saving, check_fit, fit_weights, read_checkpoint, save_checkpoint, write_json
 from .shipped import MODEL_FILE, find_checkpoint, model_card
@@ -36,6 +36,7 @@ _BUILDERS = {
 }
 
 
+@default_float32()
 def build_described(config, where):
     """The model that a configuration describes, with fresh weights.
 
@@ -127,6 +128,7 @@ def _in_words(config) -> str:
     return f"{str(config.get('name'))!r} with {', '.join(options)}"[:250]
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #f9700385
+@default_float32()
 def create_model(
     name: str, *, num_classes: int = 0, image_size: int = 32, channels: int = 3, pretrained=None, **overrides
 ):
@@ -151,6 +153,7 @@ def create_model(
     return model if pretrained is None else load_weights(model, pretrained).eval()
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #f8578de5
+@default_float32()
 def create_teacher(
     name: str, *, num_classes: int | None = None, image_size: int = 32, channels: int = 3, pretrained=None, **overrides
 ):

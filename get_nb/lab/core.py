@@ -6,8 +6,8 @@
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileError', 'UnreadableFileError', 'UnsafeFileError',
            'require', 'require_whole', 'require_model', 'require_eval', 'unwrapped', 'whole_numbers',
            'require_callable', 'require_config', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng',
-           'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup', 'autocast', 'send', 'is_main', 'find_root',
-           'home_folder', 'in_clone', 'progress']
+           'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup', 'default_float32', 'autocast', 'send',
+           'is_main', 'find_root', 'home_folder', 'in_clone', 'progress']
 
 # %% ../../nbs/lab/00_core.ipynb #511b90ae
 import ctypes
@@ -19,7 +19,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Literal, dataclass_transform, get_args
@@ -398,6 +398,23 @@ def setup(device: str = "auto", threads: int = 0, tf32: bool = False):
     return torch.device(device)
 
 # %% ../../nbs/lab/00_core.ipynb #7959fde8
+@contextmanager
+def default_float32():
+    """While the block runs, what names no type is float32, whatever the caller has chosen with set_default_dtype.
+
+    Yields:
+        nothing
+    """
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def autocast(precision: Precision, device):
     """The context in which a forward pass runs.
 

@@ -326,7 +326,7 @@ def _labels_for(model, labels, n: int, path):
     require(classes, f"{path}: an unconditional model takes no labels")
     in_range = all(0 <= v < classes for v in labels)
     require(in_range, f"labels must lie in 0..{classes - 1}, got {list(labels)}")
-    return torch.tensor([labels[i % len(labels)] for i in range(n)])
+    return torch.tensor([labels[i % len(labels)] for i in range(n)], device="cpu")
 
 
 def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):
