@@ -98,12 +98,12 @@ def _arrays(folder, noise, image, labels) -> tuple:
         require(fits, f"{folder}: {name} must be a tensor or an array, not {describe(value)}", FileError)
         kind = getattr(getattr(value, "dtype", None), "kind", "f")  # numpy has one for every type
         require(kind in "fiub", f"{folder}: {name} must hold numbers, not {describe(value)}", FileError)
-    noise, image = torch.as_tensor(noise), torch.as_tensor(image)
+    noise, image = torch.as_tensor(noise, device="cpu"), torch.as_tensor(image, device="cpu")
     floating = noise.ndim and noise.is_floating_point() and image.is_floating_point()
     advice = "image around [-1, 1], as to_float makes it of bytes"
     given = f"{describe(noise)} and {describe(image)}"
     require(floating, f"{folder}: noise and image must be floating-point, {advice}, not {given}", FileError)
-    label = torch.full((len(noise),), -1) if labels is None else torch.as_tensor(labels)
+    label = torch.full((len(noise),), -1, device="cpu") if labels is None else torch.as_tensor(labels, device="cpu")
     fits = len(noise) and noise.ndim == 4 and noise.shape == image.shape and label.shape == noise.shape[:1]
     shapes = f"noise {tuple(noise.shape)}, image {tuple(image.shape)}, labels {tuple(label.shape)}"
     require(fits, f"{folder}: pairs need noise and image (N, C, H, W) and labels (N,), not {shapes}", FileError)
@@ -145,7 +145,7 @@ def save_pairs(folder, noise, image, labels=None, **recipe) -> dict:
     numbers = range(first_seed or 0, (first_seed or 0) + n)
     values = dict(noise=noise, image=image, label=label)
     _check_values(folder, values, recipe["num_classes"], numbers, "pairs" if first_seed is None else "seeds")
-    seed = torch.full((n,), -1) if first_seed is None else first_seed + torch.arange(n)
+    seed = torch.full((n,), -1, device="cpu") if first_seed is None else first_seed + torch.arange(n, device="cpu")
     entries = []
     for start in range(0, n, recipe["shard_size"]):
         path, rows = folder / f"pairs-{len(entries):05d}.safetensors", slice(start, start + recipe["shard_size"])
