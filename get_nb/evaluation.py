@@ -15,13 +15,13 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from .distillation import DistillConfig, distill_loss
 from .get import GET
-from .lab.core import EVAL_SEED, Ints, autocast, config, progress, send
-from .lab.core import require, require_callable, require_config, require_eval, require_model, unwrapped
+from .lab.core import EVAL_SEED, Ints, autocast, config, progress, require, require_callable
+from .lab.core import require_config, require_eval, require_model, require_whole, send, unwrapped
 from .lab.counting import flops, kept_bytes
 from .lab.images import ImageSet, check_bytes, finite_bytes
 from .pairs import draw_noise
 from .precond import EDMPrecond
-from .sampler import SAMPLERS, num_evaluations
+from .sampler import find_sampler, num_evaluations
 
 # %% ../nbs/32_evaluation.ipynb #fd3631a5
 @torch.no_grad()
@@ -50,7 +50,7 @@ def generate(
     require_eval("model", run)
     with autocast(precision, noise.device):
         if isinstance(unwrapped(model), EDMPrecond):
-            return SAMPLERS[sampler](model, noise, labels, num_steps=num_steps).float()
+            return find_sampler(sampler)(model, noise, labels, num_steps=num_steps).float()
         if isinstance(unwrapped(model), GET):
             return run(noise, labels, n_iter=n_iter)
         return run(noise, labels)
@@ -111,7 +111,12 @@ def sample_images(model, n: int, first_seed: int = EVAL_SEED, conditional: bool 
 
     Returns:
         images uint8 (n, C, H, W), labels int64 (n,), -1 where there is none
+
+    Raises:
+        ConfigError: n, first_seed or batch_size is no whole number or too small, or as `sample_seeds`
     """
+    for name, value, least in (("n", n, 1), ("first_seed", first_seed, 0), ("batch_size", batch_size, 1)):
+        require_whole(name, value, least)
     parts = [sample_seeds(model, s, conditional, **how) for s in _seed_batches(first_seed, n, batch_size)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
@@ -322,10 +327,9 @@ def evaluate(model, cfg: EvalConfig, train, test, network, data: str, formulatio
     if result is None:
         return None, None, None
     result |= dict(kind=family(model), name=model.config["name"], data=data, sweep=sweep)
-    result |= first.described(data, cfg.samples)
+    result |= first.described(data, cfg.samples) | dict(copy_share=None)
     for n in second:
         result["also"][n.kind] |= n.described(data, cfg.samples)
-    result |= dict(copy_share=None)
     if isinstance(train, ImageSet):
         result |= dict(about=train.about, copy_share=copy_share(images, train.images, first.device))
     return result, images, labels

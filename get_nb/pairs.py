@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from .lab.core import Precision, autocast, config, rng, send
+from .lab.core import Precision, autocast, config, require, rng, send, whole_numbers
 from .sampler import SAMPLERS
 
 # %% ../nbs/13_pairs.ipynb #f9bcc529
@@ -53,7 +53,12 @@ def draw_noise(seeds, shape, num_classes: int):
 
     Returns:
         noise float32 (B, C, H, W), labels int64 (B,)
+
+    Raises:
+        ConfigError: no seeds, or something else than whole numbers
     """
+    seeds = whole_numbers("seeds", seeds.tolist() if hasattr(seeds, "tolist") else seeds)
+    require(seeds, "seeds: there are none; one for each pair is needed")
     noise = torch.from_numpy(np.stack([pair_noise(s, shape) for s in seeds]))
     return noise, torch.tensor([pair_label(s, num_classes) for s in seeds], dtype=torch.int64, device="cpu")
 

@@ -15,9 +15,10 @@ from get_nb.gdd import draw_inputs
 from get_nb.lab.checkpoints import build_described
 from get_nb.lab.classifier import create_classifier, load_classifier, train_classifier
 from get_nb.lab.core import ConfigError, torch_rng
-from get_nb.lab.evaluate import sampling_formulation
+from get_nb.lab.evaluate import join_gloo, sampling_formulation
 from get_nb.lab.generation import generate_pairs
 from get_nb.lab.images import flip_some
+from get_nb.lab.state import Processes
 from get_nb.meanflow import MeanFlowConfig, train_meanflow
 from get_nb.pairs import PairsConfig, draw_noise, sample_pairs
 from get_nb.progressive import draw_examples
@@ -403,3 +404,71 @@ def test_models_are_float32_whatever_torchs_default(dtype, tmp_path):
     finally:
         torch.set_default_dtype(torch.float32)
     assert {t.dtype for m in made for t in m.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("there", [(), ("RANK",), ("RANK", "MASTER_ADDR")], ids=str)
+def test_half_of_a_launchers_variables_are_refused(there, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in there:
+        monkeypatch.setenv(name, "0")
+    for start in (join_gloo, lambda: Processes(torch.device("cpu"))):
+        with pytest.raises(
+            ConfigError, match="WORLD_SIZE is set, but not .*MASTER_PORT: start with torchrun, or unset"
+        ):
+            start()
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ConfigError, match="WORLD_SIZE = 'two'"):
+        join_gloo()
+
+
+def test_an_empty_variable_of_a_launcher_says_nothing(monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")
+    assert join_gloo("cpu") == torch.device("cpu") and Processes(torch.device("cpu")).world == 1
+
+
+NOISE = torch.ones(1, 1, 8, 8)
+REFUSED = {
+    "no images": (lambda: sample_images(get_of(), 0), "n = 0"),
+    "fewer than none": (lambda: sample_images(get_of(), -3), "n = -3"),
+    "a fraction of images": (lambda: sample_images(get_of(), 2.0), "n = 2.0"),
+    "no batch": (lambda: sample_images(get_of(), 2, batch_size=0), "batch_size = 0"),
+    "a seed in words": (lambda: sample_images(get_of(), 2, first_seed="5"), "first_seed = '5'"),
+    "a sampler misspelt": (
+        lambda: generate(teacher_of(), NOISE, sampler="huen"),
+        "sampler 'huen'; did you mean 'heun'",
+    ),
+    "no sampler": (lambda: generate(teacher_of(), NOISE, sampler=None), "sampler None; choose from"),
+    "a cost of no sampler": (lambda: cost(teacher_of(), sampler="ruler"), "sampler 'ruler'; did you mean 'euler'"),
+    "no seeds": (lambda: draw_noise([], (1, 8, 8), 10), "seeds: there are none"),
+    "seeds that are fractions": (lambda: draw_noise([0.5], (1, 8, 8), 10), "seeds = "),
+    "a pipeline's seed": (lambda: pipeline()(generator=0), "generator = 0: torch.Generator"),
+    "seeds of a pipeline": (lambda: pipeline()(generator=[0, 1]), "generator = .*: torch.Generator"),
+    "a class in words": (lambda: pipeline()(class_labels="3"), "class_labels = '3': whole numbers"),
+    "classes in words": (lambda: pipeline()(class_labels=["3", "4"]), "class_labels = .*: whole numbers"),
+    "too few generators": (lambda: pipeline()(batch_size=3, generator=[torch.Generator()]), "generator: a list for 3"),
+    "a type in words": (
+        lambda: get_nb.OneStepPipeline.from_pretrained("digits-get", dtype="float16"),
+        "dtype = 'float16'",
+    ),
+}
+
+
+def pipeline():
+    pipe = get_nb.OneStepPipeline(get_of())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_an_argument_is_refused_by_its_name(what):
+    call, said = REFUSED[what]
+    with pytest.raises(ConfigError, match=said):
+        call()
+
+
+def test_seeds_may_come_as_an_array():
+    for seeds in ([0, 1], torch.arange(2), np.arange(2), (0, 1)):
+        assert all(map(torch.equal, draw_noise(seeds, (1, 8, 8), 10), draw_noise(range(2), (1, 8, 8), 10)))

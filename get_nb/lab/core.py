@@ -7,7 +7,7 @@ __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileErr
            'require', 'require_whole', 'require_model', 'require_eval', 'unwrapped', 'whole_numbers',
            'require_callable', 'require_config', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng',
            'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup', 'default_float32', 'autocast', 'send',
-           'is_main', 'find_root', 'home_folder', 'in_clone', 'progress']
+           'process_count', 'is_main', 'find_root', 'home_folder', 'in_clone', 'progress']
 
 # %% ../../nbs/lab/00_core.ipynb #511b90ae
 import ctypes
@@ -384,7 +384,7 @@ def setup(device: str = "auto", threads: int = 0, tf32: bool = False):
         if is_main():
             print("Apple's GPU (mps) has no float64, which samplers need; the CPU is used", file=sys.stderr)
         device = "cpu"
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
+    if device == "cuda" and os.environ.get("LOCAL_RANK"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # one of several processes
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r}: no GPU is visible; use 'cpu' or 'auto'")
@@ -451,6 +451,23 @@ def send(x, device):
     if x is not None and x.device.type == "cpu" and getattr(device, "type", str(device)[:4]) == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x if x is None else x.to(device)
+
+# %% ../../nbs/lab/00_core.ipynb #3f5d0c21
+def process_count() -> int:
+    """How many processes a launcher, such as torchrun, has started.
+
+    Returns:
+        their number; 1: nothing was launched
+
+    Raises:
+        ConfigError: WORLD_SIZE says several, and what they need to find each other is missing
+    """
+    said = os.environ.get("WORLD_SIZE") or "1"
+    require(said.isdigit(), f"WORLD_SIZE = {said!r}: a whole number; start with torchrun, or unset it")
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [k for k in needed if int(said) > 1 and not os.environ.get(k)]
+    require(not missing, f"WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun, or unset it")
+    return max(int(said), 1)
 
 # %% ../../nbs/lab/00_core.ipynb #4cc8cd12
 def is_main() -> bool:

@@ -19,7 +19,7 @@ from ..distillation import DistillConfig
 from ..evaluation import EvalConfig, evaluate, generate
 from ..get import GET, ViT
 from .checkpoints import load_checkpoint
-from .core import ConfigError, progress, require, require_whole, setup, unwrapped
+from .core import ConfigError, progress, require, require_whole, setup, process_count, unwrapped
 from .data import load_data, short_name
 from .fast import Fast, require_options
 from .figures import image_grid
@@ -82,14 +82,14 @@ def join_gloo(device: str = "auto"):
         torch.device of this process
 
     Raises:
-        ConfigError: no such device here
+        ConfigError: no such device here, or a launcher's variables are not all there
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+    if process_count() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(hours=4))
     device = setup(device)
     if device.type != "cuda":
         return device
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) if device.index is None else device.index)
     torch.cuda.set_device(device)
     return device
 

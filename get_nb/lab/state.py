@@ -10,7 +10,6 @@ __all__ = ['Method', 'Processes', 'TrainingError', 'Diverged', 'Run', 'start_run
 import copy
 import hashlib
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 import get_nb
-from .core import ConfigError, FileError, UnreadableFileError, require, steady
+from .core import ConfigError, FileError, UnreadableFileError, require, process_count, steady
 from .files import load_tensors, optimizer_tensors, part_of, restore_optimizer, save_tensors
 from .schedule import OPERATION, TrainConfig
 
@@ -62,7 +61,7 @@ class Processes:
     """
 
     def __init__(self, device, timeout: float = 600):
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), 0
+        self.world, self.rank = process_count(), 0
         if self.world > 1:
             from accelerate import PartialState
 
