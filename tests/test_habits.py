@@ -289,9 +289,9 @@ def test_training_wants_gradients_whatever_the_caller_wants():
     with torch.inference_mode(), pytest.raises(ConfigError, match=r"torch.inference_mode\(\) .* leave its block"):
         distilled(model)
     with torch.inference_mode():
-        made = get_of()
+        made = torch.nn.Linear(2, 1)
     with pytest.raises(ConfigError, match=r"torch.inference_mode\(\) .* make it outside"):
-        distilled(made)
+        trained(mean, made)
 
 
 @pytest.mark.parametrize("model", [torch.nn.Linear(2, 1).requires_grad_(False), torch.nn.ReLU()], ids=str)
@@ -472,3 +472,14 @@ def test_an_argument_is_refused_by_its_name(what):
 def test_seeds_may_come_as_an_array():
     for seeds in ([0, 1], torch.arange(2), np.arange(2), (0, 1)):
         assert all(map(torch.equal, draw_noise(seeds, (1, 8, 8), 10), draw_noise(range(2), (1, 8, 8), 10)))
+
+
+def test_weights_that_were_loaded_in_inference_mode_can_be_trained(tmp_path):
+    get_nb.save_checkpoint(tmp_path / "g.safetensors", get_of())
+    same = dict(SIZE, dim=8, heads=2, depth=1, pretrained=tmp_path / "g.safetensors")
+    own = distilled(get_nb.load_checkpoint(tmp_path / "g.safetensors"))
+    with torch.inference_mode():
+        made = [get_nb.load_checkpoint(tmp_path / "g.safetensors"), get_nb.create_model("GET-digits/2", **same)]
+        teacher = get_nb.load_checkpoint("digits-teacher")
+    assert all(equal(distilled(model), own) for model in made)
+    assert not any(p.is_inference() for p in teacher.parameters())

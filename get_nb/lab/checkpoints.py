@@ -17,7 +17,7 @@ from ..kd import OneStep, create_one_step
 from ..meanflow import MeanFlow, create_meanflow
 from .classifier import create_classifier
 from ..get import ViT
-from .core import ConfigError, FileError, UnsafeFileError, default_float32, nearest, require
+from .core import ConfigError, FileError, UnsafeFileError, usual_tensors, nearest, require
 from .diffusers import create_diffusers_teacher
 from .files import before_saving, check_fit, fit_weights, read_checkpoint, save_checkpoint, write_json
 from .shipped import MODEL_FILE, find_checkpoint, model_card
@@ -36,7 +36,7 @@ _BUILDERS = {
 }
 
 
-@default_float32()
+@usual_tensors()
 def build_described(config, where):
     """The model that a configuration describes, with fresh weights.
 
@@ -78,6 +78,7 @@ def _check_described(config, tensors: dict):
 before_saving.append(_check_described)
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #e3be727a
+@usual_tensors()
 def load_checkpoint(path):
     """Build the model that a checkpoint describes and load its weights.
 
@@ -99,6 +100,7 @@ def load_checkpoint(path):
     return model
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #10c55965
+@usual_tensors()
 def load_weights(model, path):
     """Load a checkpoint's weights into a model that exists.
 
@@ -128,7 +130,7 @@ def _in_words(config) -> str:
     return f"{str(config.get('name'))!r} with {', '.join(options)}"[:250]
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #f9700385
-@default_float32()
+@usual_tensors()
 def create_model(
     name: str, *, num_classes: int = 0, image_size: int = 32, channels: int = 3, pretrained=None, **overrides
 ):
@@ -153,7 +155,7 @@ def create_model(
     return model if pretrained is None else load_weights(model, pretrained).eval()
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #f8578de5
-@default_float32()
+@usual_tensors()
 def create_teacher(
     name: str, *, num_classes: int | None = None, image_size: int = 32, channels: int = 3, pretrained=None, **overrides
 ):

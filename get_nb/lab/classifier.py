@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from torch import nn
 from torch.nn import functional as F
 
-from .core import FileError, build_config, config, default_float32, send, torch_rng
+from .core import FileError, build_config, config, usual_tensors, send, torch_rng
 from .files import fit_weights, read_checkpoint
 from .images import ImageSet, to_float
 from .schedule import TrainConfig, batch_indices
@@ -166,7 +166,7 @@ def class_accuracy(classifier, images, labels) -> float:
     return torch.cat(right).mean().item()
 
 # %% ../../nbs/lab/13_classifier.ipynb #8d49f2ef
-@default_float32()
+@usual_tensors()
 def load_classifier(path):
     """A classifier from its checkpoint.
 

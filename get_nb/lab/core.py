@@ -6,7 +6,7 @@
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileError', 'UnreadableFileError', 'UnsafeFileError',
            'require', 'require_whole', 'require_model', 'require_eval', 'unwrapped', 'whole_numbers',
            'require_callable', 'require_config', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng',
-           'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup', 'default_float32', 'autocast', 'send',
+           'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup', 'usual_tensors', 'autocast', 'send',
            'process_count', 'is_main', 'find_root', 'home_folder', 'in_clone', 'progress']
 
 # %% ../../nbs/lab/00_core.ipynb #511b90ae
@@ -399,8 +399,9 @@ def setup(device: str = "auto", threads: int = 0, tf32: bool = False):
 
 # %% ../../nbs/lab/00_core.ipynb #7959fde8
 @contextmanager
-def default_float32():
-    """While the block runs, what names no type is float32, whatever the caller has chosen with set_default_dtype.
+def usual_tensors():
+    """While the block runs, new tensors are float32 if no type is named, and can be trained, whatever the caller has
+    chosen with torch.set_default_dtype and torch.inference_mode.
 
     Yields:
         nothing
@@ -410,7 +411,8 @@ def default_float32():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         torch.set_default_dtype(before)
 

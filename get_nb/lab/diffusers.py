@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .core import ConfigError, FileError, nearest, require
+from .core import ConfigError, FileError, nearest, require, usual_tensors
 from ..precond import EDMPrecond
 
 # %% ../../nbs/lab/22_diffusers.ipynb #364bbd80
@@ -168,6 +168,7 @@ def _newer_names(weights: dict) -> dict:
     return {newer(k): v for k, v in weights.items()}
 
 # %% ../../nbs/lab/22_diffusers.ipynb #5279c8f6
+@usual_tensors()
 def load_diffusers(folder):
     """A teacher from a saved diffusers pipeline: unet/ with safetensors weights, scheduler/.
 

@@ -26,7 +26,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from .classifier import load_classifier
-from .core import ConfigError, FileError, autocast, default_float32, require, rng
+from .core import ConfigError, FileError, autocast, usual_tensors, require, rng
 from .effnet import EffnetFeatures, effnet_distance, effnet_size, is_effnet
 from .files import atomic_path, sha256_file
 from .images import check_bytes, content_key, to_float
@@ -228,7 +228,7 @@ class FeatureNetwork:
         return dict(distance=self.distance(data, samples), protocol=line, network=dict(kind=self.kind) | self.about)
 
 # %% ../../nbs/lab/14_metrics.ipynb #6a76f53a
-@default_float32()
+@usual_tensors()
 def load_features(source="inception", device="cpu", path=None, sha256: str | None = None) -> FeatureNetwork:
     """The network in whose features distances are measured.
 
