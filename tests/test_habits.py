@@ -14,7 +14,7 @@ from get_nb.evaluation import EvalConfig, _ways, cost, family, generate, sample_
 from get_nb.gdd import draw_inputs
 from get_nb.lab.checkpoints import build_described
 from get_nb.lab.classifier import create_classifier, load_classifier, train_classifier
-from get_nb.lab.core import ConfigError, torch_rng
+from get_nb.lab.core import ConfigError, FileError, torch_rng
 from get_nb.lab.evaluate import join_gloo, sampling_formulation
 from get_nb.lab.generation import generate_pairs
 from get_nb.lab.images import flip_some
@@ -483,3 +483,34 @@ def test_weights_that_were_loaded_in_inference_mode_can_be_trained(tmp_path):
         teacher = get_nb.load_checkpoint("digits-teacher")
     assert all(equal(distilled(model), own) for model in made)
     assert not any(p.is_inference() for p in teacher.parameters())
+
+
+IN_THE_WAY = {
+    "a distillation's state": lambda file: trained(mean, state_dir=file),
+    "a state below a file": lambda file: trained(mean, state_dir=file / "state"),
+    "pairs": lambda file: generate_pairs(teacher_of(), file, PAIRS),
+    "a checkpoint": lambda file: get_nb.save_checkpoint(file / "x.safetensors", get_of()),
+    "a pipeline": lambda file: pipeline().save_pretrained(file),
+}
+
+
+@pytest.mark.parametrize("what", IN_THE_WAY)
+def test_a_file_in_the_way_of_a_folder_is_said(what, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileError, match="file.*: no folder can be made there"):
+        IN_THE_WAY[what](tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_names_no_checkpoint_is_refused():
+    with pytest.raises(FileError, match="aaa: .*too long"):
+        get_nb.load_checkpoint("a" * 5000)
+    for given in (None, b"digits-get", 3):
+        with pytest.raises(ConfigError, match=f"not by a {type(given).__name__}"):
+            get_nb.load_checkpoint(given)
+
+
+def test_no_folder_is_left_of_pairs_that_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="training mode"):
+        generate_pairs(dropping_teacher(), tmp_path / "pairs", PAIRS)
+    assert not (tmp_path / "pairs").exists()

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 import get_nb
 from .core import ConfigError, FileError, UnreadableFileError, require, process_count, steady
-from .files import load_tensors, optimizer_tensors, part_of, restore_optimizer, save_tensors
+from .files import load_tensors, make_folder, optimizer_tensors, part_of, restore_optimizer, save_tensors
 from .schedule import OPERATION, TrainConfig
 
 # %% ../../nbs/lab/11_state.ipynb #4b103574
@@ -202,11 +202,12 @@ def start_run(method: Method, cfg: TrainConfig, state_dir=None, identity: dict =
     Raises:
         ConfigError: steps are to be skipped, but there is no folder to go back to; or an identity that json cannot
             hold, or that holds NaN
+        FileError: the folder cannot be made
     """
     what = {k: v for k, v in asdict(cfg).items() if k not in OPERATION} | _as_kept(identity or {})
     require(cfg.on_bad == "stop" or state_dir, "on_bad = 'skip' goes back to a checkpoint: it needs a state_dir")
     if state_dir:
-        Path(state_dir).mkdir(parents=True, exist_ok=True)
+        make_folder(state_dir)
     model = method.networks[method.averaged]
     device = next(model.parameters()).device
     steady(device)
