@@ -158,10 +158,14 @@ def apply_map(f, z):
         f(z)
 
     Raises:
-        ConfigError: f is no function, or returned another shape or device, or no floating-point numbers
+        ConfigError: f is no function, changed z, or returned another shape or device, or no floating-point numbers
     """
     require_callable(f=f)
+    counted = not torch.compiler.is_compiling() and not z.is_inference()  # does torch count the changes of z?
+    before = z._version if counted else 0
     fz = f(z)
+    if counted and z._version != before:
+        raise ConfigError("f changes the state that it is given, as ReLU(inplace=True) does: it must make a new one")
     if isinstance(fz, torch.Tensor) and fz.shape == z.shape and fz.device == z.device and fz.is_floating_point():
         return fz
     raise ConfigError(f"f must return a state like the one it is given, {describe(z)}; it returned {describe(fz)}")

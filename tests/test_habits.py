@@ -514,3 +514,31 @@ def test_no_folder_is_left_of_pairs_that_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="training mode"):
         generate_pairs(dropping_teacher(), tmp_path / "pairs", PAIRS)
     assert not (tmp_path / "pairs").exists()
+
+
+def in_place(z):
+    return 0.5 * z.relu_()
+
+
+def in_place_of_one(z, u):
+    return 0.5 * z, u.mul_(0.5)
+
+
+SOLVES = {
+    "iteration": lambda f, z: get_nb.fixed_point_iter(f, z, max_iter=3),
+    "Anderson": lambda f, z: get_nb.anderson(f, z, max_iter=3),
+    "Broyden": lambda f, z: get_nb.broyden(f, z, max_iter=3),
+    "unrolled": lambda f, z: get_nb.unroll(f, z, n_iter=2),
+    "equilibrium": lambda f, z: get_nb.equilibrium(f, z, gradient="implicit", max_iter=3),
+}
+
+
+@pytest.mark.parametrize("how", SOLVES)
+def test_a_map_that_works_in_place_is_refused(how):
+    z0 = torch.linspace(-1, 1, 8).view(2, 4)
+    with torch.no_grad(), pytest.raises(ConfigError, match="f changes the state that it is given"):
+        SOLVES[how](in_place, z0.clone())
+    with torch.no_grad(), pytest.raises(ConfigError, match="f changes the state that it is given"):
+        SOLVES[how](in_place_of_one, (z0.clone(), z0.clone()))
+    with torch.inference_mode():  # torch counts no changes of such a tensor
+        SOLVES["iteration"](torch.cos, z0.clone())
