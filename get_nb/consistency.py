@@ -65,7 +65,8 @@ class Consistency(nn.Module):
         Returns:
             image, float64 (B, C, H, W)
         """
-        t = send(torch.as_tensor(t, dtype=torch.float64), x.device).reshape(-1, 1, 1, 1)
+        t = t.double() if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=torch.float64, device="cpu")
+        t = send(t, x.device).reshape(-1, 1, 1, 1)
         sigma_data = self.denoiser.sigma_data
         c_skip, c_out = consistency_coefficients(t, sigma_data, self.sigma_min)
         edm_skip, edm_out, _, _ = edm_coefficients(t, sigma_data)
@@ -211,6 +212,9 @@ def consistency_sample(f, noise, labels=None, levels=(80.0,), seed: int = 0):
     """
     x = f(levels[0] * noise, levels[0], labels)
     for k, t in enumerate(levels[1:]):
-        z = send(torch.randn(noise.shape, generator=torch_rng("jump", seed, k)), noise.device)
+        z = send(
+            torch.randn(noise.shape, generator=torch_rng("jump", seed, k), device="cpu", dtype=torch.float32),
+            noise.device,
+        )
         x = f(x + (t**2 - f.sigma_min**2) ** 0.5 * z, t, labels)
     return x

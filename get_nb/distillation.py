@@ -174,7 +174,7 @@ def pairs_loss(
     labels = send(batch["label"], device) if model.config["num_classes"] else None
 
     def loss(noise, labels, image):
-        return distill_loss(formulation or model, noise, labels, image, cfg, n_iter, distance)
+        return distill_loss(model if formulation is None else formulation, noise, labels, image, cfg, n_iter, distance)
 
     return graphs(loss, noise, labels, image, key=n_iter) if graphs else loss(noise, labels, image)
 

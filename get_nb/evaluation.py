@@ -15,13 +15,13 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from .distillation import DistillConfig, distill_loss
 from .get import GET
-from .lab.core import EVAL_SEED, Ints, autocast, config, progress, send
-from .lab.core import require, require_callable, require_config, require_model
+from .lab.core import EVAL_SEED, Ints, autocast, config, progress, require, require_callable
+from .lab.core import require_config, require_eval, require_model, require_whole, send, unwrapped
 from .lab.counting import flops, kept_bytes
 from .lab.images import ImageSet, check_bytes, finite_bytes
 from .pairs import draw_noise
 from .precond import EDMPrecond
-from .sampler import SAMPLERS, num_evaluations
+from .sampler import find_sampler, num_evaluations
 
 # %% ../nbs/32_evaluation.ipynb #fd3631a5
 @torch.no_grad()
@@ -42,12 +42,16 @@ def generate(
 
     Returns:
         float32 (B, C, H, W) around [-1, 1]
+
+    Raises:
+        ConfigError: a model in training mode with dropout, or what the model or its sampler refuses
     """
-    run = formulation or model
+    run = model if formulation is None else formulation
+    require_eval("model", run)
     with autocast(precision, noise.device):
-        if isinstance(model, EDMPrecond):
-            return SAMPLERS[sampler](model, noise, labels, num_steps=num_steps).float()
-        if isinstance(model, GET):
+        if isinstance(unwrapped(model), EDMPrecond):
+            return find_sampler(sampler)(model, noise, labels, num_steps=num_steps).float()
+        if isinstance(unwrapped(model), GET):
             return run(noise, labels, n_iter=n_iter)
         return run(noise, labels)
 
@@ -86,7 +90,7 @@ def sample_seeds(model, seeds: range, conditional: bool = True, **how):
     images = generate(model, send(noise, device), send(labels, device), **how)
     images = finite_bytes(images, seeds, model.config.get("name", "the model"))
     ms = 1000 * (time.perf_counter() - began) / len(seeds)
-    return images, torch.full((len(seeds),), -1) if labels is None else labels, ms
+    return images, torch.full((len(seeds),), -1, device="cpu") if labels is None else labels, ms
 
 # %% ../nbs/32_evaluation.ipynb #3ccaa561
 def _seed_batches(first: int, n: int, batch_size: int) -> list:
@@ -107,7 +111,12 @@ def sample_images(model, n: int, first_seed: int = EVAL_SEED, conditional: bool 
 
     Returns:
         images uint8 (n, C, H, W), labels int64 (n,), -1 where there is none
+
+    Raises:
+        ConfigError: n, first_seed or batch_size is no whole number or too small, or as `sample_seeds`
     """
+    for name, value, least in (("n", n, 1), ("first_seed", first_seed, 0), ("batch_size", batch_size, 1)):
+        require_whole(name, value, least)
     parts = [sample_seeds(model, s, conditional, **how) for s in _seed_batches(first_seed, n, batch_size)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
@@ -124,11 +133,10 @@ def cost(model, conditional: bool = True, **how) -> dict:
         dict of evaluations, gmac (1e9 multiply-adds per image), parameters
     """
     device = next(model.parameters()).device
-    noise, labels = _start(model, range(2), conditional)
-    labels = None if labels is None else labels.to(device)
-    total = flops(lambda: generate(model, noise.to(device), labels, **how))  # of two images
+    noise, labels = (send(x, device) for x in _start(model, range(2), conditional))
+    total = flops(lambda: generate(model, noise, labels, **how))  # of two images
     evaluations = 1
-    if isinstance(model, EDMPrecond):
+    if isinstance(unwrapped(model), EDMPrecond):
         evaluations = num_evaluations(how.get("num_steps", 18), how.get("sampler", "heun"))
     parameters = sum(p.numel() for p in model.parameters())
     return dict(evaluations=evaluations, gmac=total / 2 / 2 / 1e9, parameters=parameters)
@@ -147,8 +155,7 @@ def training_cost(model, cfg: DistillConfig, batch_size: int = 8, distance=None)
         dict of train_gflop (1e9 FLOP, forward and backward) and activation_mb (1e6 bytes), both per image
     """
     device = next(model.parameters()).device
-    noise, labels = _start(model, range(batch_size))
-    noise, labels = noise.to(device), None if labels is None else labels.to(device)
+    noise, labels = (send(x, device) for x in _start(model, range(batch_size)))
 
     def step():
         return distill_loss(model, noise, labels, torch.zeros_like(noise), cfg, distance=distance)
@@ -276,16 +283,16 @@ def family(model) -> str:
     said = getattr(model, "meta", {}).get("family")
     if said:
         return said
-    if isinstance(model, EDMPrecond):
+    if isinstance(unwrapped(model), EDMPrecond):
         return "teacher"
-    return "get" if isinstance(model, GET) else "vit"
+    return "get" if isinstance(unwrapped(model), GET) else "vit"
 
 # %% ../nbs/32_evaluation.ipynb #fc686145
 def _ways(model, cfg: EvalConfig) -> list:
     "The ways of sampling a model that cfg asks for: its own first, then the sweep."
-    if isinstance(model, EDMPrecond):
+    if isinstance(unwrapped(model), EDMPrecond):
         return [dict(num_steps=n, sampler=cfg.sampler) for n in (cfg.num_steps, *cfg.sweep)]
-    if isinstance(model, GET):
+    if isinstance(unwrapped(model), GET):
         return [dict(n_iter=n) for n in (model.cfg.n_iter, *cfg.sweep)]
     return [{}]
 
@@ -320,10 +327,9 @@ def evaluate(model, cfg: EvalConfig, train, test, network, data: str, formulatio
     if result is None:
         return None, None, None
     result |= dict(kind=family(model), name=model.config["name"], data=data, sweep=sweep)
-    result |= first.described(data, cfg.samples)
+    result |= first.described(data, cfg.samples) | dict(copy_share=None)
     for n in second:
         result["also"][n.kind] |= n.described(data, cfg.samples)
-    result |= dict(copy_share=None)
     if isinstance(train, ImageSet):
         result |= dict(about=train.about, copy_share=copy_share(images, train.images, first.device))
     return result, images, labels

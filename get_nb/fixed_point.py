@@ -59,9 +59,7 @@ def pick(mask, new, old):
     Returns:
         (B, ...)
     """
-    if readable(mask) and bool(mask.all()):
-        return new
-    return torch.where(mask, new, old)
+    return new if readable(mask) and bool(mask.all()) else torch.where(mask, new, old)
 
 # %% ../nbs/19_fixed_point.ipynb #eb787e74
 class Tracker:
@@ -161,10 +159,13 @@ def apply_map(f, z):
         f(z)
 
     Raises:
-        ConfigError: f is no function, or returned another shape or device, or no floating-point numbers
+        ConfigError: f is no function, changed z, or returned another shape or device, or no floating-point numbers
     """
     require_callable(f=f)
+    before = None if torch.compiler.is_compiling() or z.is_inference() else z._version  # torch counts changes of z
     fz = f(z)
+    if before is not None and z._version != before:
+        raise ConfigError("f changes the state that it is given, as ReLU(inplace=True) does: it must make a new one")
     if isinstance(fz, torch.Tensor) and fz.shape == z.shape and fz.device == z.device and fz.is_floating_point():
         return fz
     raise ConfigError(f"f must return a state like the one it is given, {describe(z)}; it returned {describe(fz)}")
@@ -184,8 +185,7 @@ def check_states(z0: tuple):
         check_start(z)
     a = z0[0]
     if any(z.shape[0] != a.shape[0] or z.dtype != a.dtype or z.device != a.device for z in z0):
-        given = ", ".join(map(describe, z0))
-        raise ConfigError(f"the states of z0 need one batch size, type and device, not {given}")
+        raise ConfigError(f"the states of z0 need one batch size, type and device, not {', '.join(map(describe, z0))}")
 
 
 class _Together:

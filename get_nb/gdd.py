@@ -37,7 +37,7 @@ def freeze_innate(model, shuffle: bool = False) -> None:
     for name, p in model.named_parameters():
         p.requires_grad_(name.split(".")[-2] not in INNATE)
         if shuffle and not p.requires_grad:
-            order = torch.randperm(p.numel(), generator=torch_rng("shuffle", name))
+            order = torch.randperm(p.numel(), generator=torch_rng("shuffle", name), device="cpu")
             p.data = p.data.flatten()[order.to(p.device)].view_as(p)
 
 
@@ -137,8 +137,8 @@ def draw_inputs(shape, num_classes: int, step: int, cfg: TrainConfig):
         noise (B, C, H, W), labels int64 (B,) or None
     """
     g = torch_rng("gan", cfg.seed, step)
-    noise = torch.randn(cfg.batch_size, *shape, generator=g)
-    return noise, torch.randint(num_classes, (cfg.batch_size,), generator=g) if num_classes else None
+    noise = torch.randn(cfg.batch_size, *shape, generator=g, device="cpu", dtype=torch.float32)
+    return noise, torch.randint(num_classes, (cfg.batch_size,), generator=g, device="cpu") if num_classes else None
 
 
 def real_batches(data: ImageSet, batch_size: int, seed: int, conditional: bool = True):

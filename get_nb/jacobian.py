@@ -82,7 +82,7 @@ def spectral_radius(f, z, n_iter: int = 40, project=None, seed: int = 0):
     require_whole("n_iter", n_iter)
     project = project or (lambda v: v)
     tiny, column = torch.finfo(z.dtype).tiny, (-1,) + (1,) * (z.ndim - 1)
-    v, growth = torch.randn(z.shape, generator=torch_rng("power", seed), dtype=z.dtype).to(z.device), []
+    v, growth = torch.randn(z.shape, generator=torch_rng("power", seed), dtype=z.dtype, device="cpu").to(z.device), []
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         fz = f(z)
@@ -115,7 +115,7 @@ def jacobian_penalty(f, z, probes: int = 1, seed: int = None):
         z, total = z.detach().requires_grad_(), 0.0
         fz = f(z)
         for _ in range(probes):
-            v = send(torch.randn(z.shape, generator=generator, dtype=z.dtype), z.device)
+            v = send(torch.randn(z.shape, generator=generator, dtype=z.dtype, device="cpu"), z.device)
             (vJ,) = torch.autograd.grad(fz, z, v, create_graph=True)
             total = total + vJ.square().sum() / z.numel()
     return total / probes

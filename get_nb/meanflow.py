@@ -94,9 +94,9 @@ def flow_times(n: int, cfg: MeanFlowConfig, generator):
     Returns:
         t, r: (n,), 0 <= r <= t <= 1; the first images are those with r = t
     """
-    two = torch.sigmoid(cfg.mean + cfg.std * torch.randn(2, n, generator=generator))
+    two = torch.sigmoid(cfg.mean + cfg.std * torch.randn(2, n, generator=generator, device="cpu", dtype=torch.float32))
     t, r = two.amax(0), two.amin(0)
-    same = torch.arange(n) < round((1 - cfg.share) * n)
+    same = torch.arange(n, device="cpu") < round((1 - cfg.share) * n)
     return t, torch.where(same, t, r)
 
 # %% ../nbs/43_meanflow.ipynb #2c2d47de
@@ -202,7 +202,7 @@ def train_meanflow(
     def loss_fn(net, step, share):
         image, labels = data.batch(batch_indices(len(data), train_cfg.batch_size, step, train_cfg.seed))
         g = torch_rng("meanflow", train_cfg.seed, step)
-        noise = torch.randn(image.shape, generator=g)
+        noise = torch.randn(image.shape, generator=g, device="cpu", dtype=torch.float32)
         batch = image, labels, noise, *flow_times(len(image), cfg, g)
         image, labels, noise, t, r = (send(v[share], device) for v in batch)
         return graphs(loss, image, labels if net.num_classes else None, noise, t, r)

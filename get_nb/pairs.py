@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from .lab.core import Precision, autocast, config, rng, send
+from .lab.core import Precision, autocast, config, require, rng, send, whole_numbers
 from .sampler import SAMPLERS
 
 # %% ../nbs/13_pairs.ipynb #f9bcc529
@@ -53,9 +53,14 @@ def draw_noise(seeds, shape, num_classes: int):
 
     Returns:
         noise float32 (B, C, H, W), labels int64 (B,)
+
+    Raises:
+        ConfigError: no seeds, or something else than whole numbers
     """
+    seeds = whole_numbers("seeds", seeds.tolist() if hasattr(seeds, "tolist") else seeds)
+    require(seeds, "seeds: there are none; one for each pair is needed")
     noise = torch.from_numpy(np.stack([pair_noise(s, shape) for s in seeds]))
-    return noise, torch.tensor([pair_label(s, num_classes) for s in seeds])
+    return noise, torch.tensor([pair_label(s, num_classes) for s in seeds], dtype=torch.int64, device="cpu")
 
 # %% ../nbs/13_pairs.ipynb #4a89dedf
 @config
@@ -107,8 +112,11 @@ def sample_pairs(denoiser, seeds, cfg: PairsConfig):
 
     Returns:
         dict of tensors on the CPU: seed, label int64 (B,); image float32 (B, C, H, W); noise, if it is to be stored
+
+    Raises:
+        ConfigError: as the samplers, a denoiser in training mode with dropout too
     """
-    device = next(itertools.chain(denoiser.parameters(), denoiser.buffers()), torch.empty(0)).device
+    device = next(itertools.chain(denoiser.parameters(), denoiser.buffers()), torch.empty(0, device="cpu")).device
     noise, labels = draw_noise(seeds, cfg.shape, cfg.num_classes)
     levels = dict(num_steps=cfg.num_steps, sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max, rho=cfg.rho)
     images = []
@@ -117,7 +125,7 @@ def sample_pairs(denoiser, seeds, cfg: PairsConfig):
         with autocast(cfg.precision, device):
             x = SAMPLERS[cfg.sampler](denoiser, send(e, device), y, **levels)
         images.append(x.float().cpu())
-    pairs = dict(seed=torch.tensor(list(seeds)), label=labels, image=torch.cat(images))
+    pairs = dict(seed=torch.tensor(list(seeds), device="cpu"), label=labels, image=torch.cat(images))
     if cfg.store_noise:
         pairs["noise"] = noise
     return pairs

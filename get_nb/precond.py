@@ -31,7 +31,7 @@ def check_sigma(sigma, x):
     require(images, "a denoiser takes floating-point images (B, C, H, W)")
     number = isinstance(sigma, torch.Tensor | Real)
     require(number, f"sigma must be a number or a tensor (B,), not a {type(sigma).__name__}")
-    levels = torch.as_tensor(sigma)
+    levels = sigma if isinstance(sigma, torch.Tensor) else torch.tensor(sigma, device="cpu")
     if levels.numel() not in (1, x.shape[0]):  # made only now: a batch size in a message would be compiled in
         raise ConfigError(f"sigma must be a number, or ({len(x)},), not {tuple(levels.shape)}")
     if readable(levels):
@@ -43,7 +43,7 @@ def _on(device, sigma, dtype):
     "Noise levels where they are needed; a GPU writes a number itself instead of waiting for its copy."
     if isinstance(sigma, Real):
         return torch.full((), sigma, dtype=dtype, device=device)
-    return send(torch.as_tensor(sigma, dtype=dtype), device)
+    return send(sigma.to(dtype), device)
 
 # %% ../nbs/10_precond.ipynb #7b5591c7
 class IdealDenoiser(nn.Module):
@@ -171,8 +171,8 @@ def class_vectors(labels, num_classes: int, batch: int, device):
     if num_classes == 0:
         return None
     if labels is None:
-        return torch.zeros(batch, num_classes, device=device)
-    table = torch.eye(num_classes + 1, device=device)[:, 1:]  # the row of -1 is zero
+        return torch.zeros(batch, num_classes, dtype=torch.float32, device=device)
+    table = torch.eye(num_classes + 1, dtype=torch.float32, device=device)[:, 1:]  # the row of -1 is zero
     return F.embedding(labels + 1, table)
 
 # %% ../nbs/10_precond.ipynb #eb0584bd

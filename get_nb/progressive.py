@@ -186,8 +186,8 @@ def draw_examples(data: ImageSet, n: int, step: int, train_cfg: TrainConfig, con
     """
     image, labels = data.batch(batch_indices(len(data), train_cfg.batch_size, step, train_cfg.seed))
     g = torch_rng("progressive", train_cfg.seed, n, step)
-    noise = torch.randn(image.shape, generator=g)
-    return image, labels if conditional else None, noise, torch.randint(n, (len(image),), generator=g)
+    noise = torch.randn(image.shape, generator=g, device="cpu", dtype=torch.float32)
+    return image, labels if conditional else None, noise, torch.randint(n, (len(image),), generator=g, device="cpu")
 
 
 def _halve(teacher, sigmas, loss, data, train_cfg: TrainConfig, conditional: bool, folder, identity):

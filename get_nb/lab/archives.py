@@ -91,7 +91,7 @@ def _from_bytes(data, dtype, n: int, where: str):
     """
     if len(data) != n * dtype.itemsize:
         raise FileError(f"{where}: a storage of {n} {dtype} needs {n * dtype.itemsize} bytes, there are {len(data)}")
-    return torch.frombuffer(bytearray(data), dtype=dtype) if n else torch.empty(0, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype) if n else torch.empty(0, dtype=dtype, device="cpu")
 
 # %% ../../nbs/lab/06_archives.ipynb #3d27dfa9
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -134,7 +134,11 @@ def _mapped(memory, offset: int, dtype, n: int, where: str):
     """
     if offset + n * dtype.itemsize > len(memory):
         raise FileError(f"{where}: a storage of {n} {dtype} ends after the file does")
-    return torch.frombuffer(memory, dtype=dtype, count=n, offset=offset) if n else torch.empty(0, dtype=dtype)
+    return (
+        torch.frombuffer(memory, dtype=dtype, count=n, offset=offset)
+        if n
+        else torch.empty(0, dtype=dtype, device="cpu")
+    )
 
 # %% ../../nbs/lab/06_archives.ipynb #63c57bda
 def _read_legacy(file, where: str, memory=None):

@@ -211,7 +211,7 @@ def _measure_teacher(cfg: BenchConfig, device) -> dict:
 # %% ../../nbs/lab/44_bench.ipynb #8be6e34a
 def _measure_reading(cfg: BenchConfig, batches: int = 40) -> dict:
     folder, seconds = Path(tempfile.mkdtemp()), dict(reading=[], processor=[])
-    noise = torch.randn(cfg.pairs, 3, cfg.image_size, cfg.image_size, generator=torch_rng("reading"))
+    noise = torch.randn(cfg.pairs, 3, cfg.image_size, cfg.image_size, generator=torch_rng("reading"), device="cpu")
     try:
         save_pairs(folder / "pairs", noise, noise, teacher="none")
         store, rng = PairDataset(folder / "pairs", verify=False), np.random.default_rng(0)

@@ -161,7 +161,7 @@ def choose_plan(model, batch_size: int, precisions=("float32",)) -> Plan:
         block = type(model.blocks[0])(cfg.dim, cfg.heads, ratio)
     images = max(1, min(batch_size, 512 // tokens))
     g = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(images, tokens, n * cfg.dim, generator=g) for n in (1, 3)]
+    inputs = [torch.randn(images, tokens, n * cfg.dim, generator=g, device="cpu") for n in (1, 3)]
     ways = (*precisions, *(["reference"] if "float32" in precisions else []))
     name = f"{images}x{tokens}x{cfg.dim}, MLP {shapes[1]}, {cfg.heads} heads, {' or '.join(precisions)}"
 

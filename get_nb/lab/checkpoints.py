@@ -11,13 +11,15 @@ import functools
 import os
 from pathlib import Path
 
+import torch
+
 from ..kd import OneStep, create_one_step
 from ..meanflow import MeanFlow, create_meanflow
 from .classifier import create_classifier
 from ..get import ViT
-from .core import ConfigError, FileError, UnsafeFileError, nearest, require
+from .core import ConfigError, FileError, UnsafeFileError, usual_tensors, nearest, require
 from .diffusers import create_diffusers_teacher
-from .files import fit_weights, read_checkpoint, save_checkpoint, write_json
+from .files import before_saving, check_fit, fit_weights, read_checkpoint, save_checkpoint, write_json
 from .shipped import MODEL_FILE, find_checkpoint, model_card
 from ..precond import EDMPrecond
 from ..presets import build_model
@@ -34,6 +36,7 @@ _BUILDERS = {
 }
 
 
+@usual_tensors()
 def build_described(config, where):
     """The model that a configuration describes, with fresh weights.
 
@@ -58,7 +61,24 @@ def build_described(config, where):
     except (ConfigError, TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as e:
         raise FileError(f"{where}: its model cannot be built: {' '.join(str(e).split())[:200]}") from None
 
+# %% ../../nbs/lab/23_checkpoints.ipynb #7c1e52ab
+def _check_described(config, tensors: dict):
+    "Refuse weights (name -> tensor) that the model of their configuration could not take."
+    if not isinstance(config, dict) or config.get("builder") not in _BUILDERS:
+        return  # not one of this package's models
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        own = build_described(config, "model").state_dict()
+    try:
+        check_fit(own, tensors, "model")
+    except FileError as e:
+        changed = "it was changed after it was built, and no file could bring it back; undo that first"
+        raise ConfigError(f"{str(e).removesuffix(': made for another model')}: {changed}") from None
+
+
+before_saving.append(_check_described)
+
 # %% ../../nbs/lab/23_checkpoints.ipynb #e3be727a
+@usual_tensors()
 def load_checkpoint(path):
     """Build the model that a checkpoint describes and load its weights.
 
@@ -80,6 +100,7 @@ def load_checkpoint(path):
     return model
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #10c55965
+@usual_tensors()
 def load_weights(model, path):
     """Load a checkpoint's weights into a model that exists.
 
@@ -109,6 +130,7 @@ def _in_words(config) -> str:
     return f"{str(config.get('name'))!r} with {', '.join(options)}"[:250]
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #f9700385
+@usual_tensors()
 def create_model(
     name: str, *, num_classes: int = 0, image_size: int = 32, channels: int = 3, pretrained=None, **overrides
 ):
@@ -123,16 +145,17 @@ def create_model(
         **overrides: fields of the preset's configuration
 
     Returns:
-        nn.Module: model(noise, labels=None, z0=None) -> images
+        nn.Module: model(noise, labels=None, z0=None) -> images; in eval mode if its weights are loaded
 
     Raises:
         ConfigError: unknown name or field, or a value out of range
         FileError: the checkpoint cannot be read or was made for another model
     """
     model = build_model(name, num_classes=num_classes, image_size=image_size, channels=channels, **overrides)
-    return model if pretrained is None else load_weights(model, pretrained)
+    return model if pretrained is None else load_weights(model, pretrained).eval()
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #f8578de5
+@usual_tensors()
 def create_teacher(
     name: str, *, num_classes: int | None = None, image_size: int = 32, channels: int = 3, pretrained=None, **overrides
 ):
@@ -147,14 +170,15 @@ def create_teacher(
         **overrides: fields of the preset's configuration
 
     Returns:
-        EDMPrecond: denoiser(x, sigma, labels=None) -> estimate of the clean image
+        EDMPrecond: denoiser(x, sigma, labels=None) -> estimate of the clean image; in eval mode, without the dropout of
+        training, if its weights are loaded
 
     Raises:
         ConfigError: unknown name or field, or a value out of range
         FileError: the checkpoint cannot be read or was made for another model
     """
     teacher = build_teacher(name, num_classes=num_classes, image_size=image_size, channels=channels, **overrides)
-    return teacher if pretrained is None else load_weights(teacher, pretrained)
+    return teacher if pretrained is None else load_weights(teacher, pretrained).eval()
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #0cbcc789
 @functools.cache

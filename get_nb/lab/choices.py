@@ -147,7 +147,7 @@ def can_time() -> bool:
     """
     from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
     return not (several or is_in_torch_dispatch_mode() or os.environ.get("GET_NB_CHOICES") == "first")
 
 

@@ -105,5 +105,5 @@ def load_cifar10(split: str, root=None, verify: bool = True, download: bool = Fa
         raise ConfigError(f"CIFAR-10 is not there: {folder / absent[0]} is missing; {unpack}, or {fetch}")
     parts = [cifar_batch(folder / f, _CIFAR_MD5[f] if verify else None) for f in CIFAR_FILES[split]]
     images = torch.from_numpy(np.concatenate([data for data, _ in parts]).reshape(-1, 3, 32, 32))
-    labels = torch.tensor([y for _, labels in parts for y in labels])
+    labels = torch.tensor([y for _, labels in parts for y in labels], device="cpu")
     return ImageSet(images, labels, _CIFAR_CLASSES, f"CIFAR-10{'' if verify else ' (unverified)'}/{split}")

@@ -12,7 +12,7 @@ from pydantic import PositiveInt
 from torch import nn
 from torch.nn import functional as F
 
-from .core import FileError, build_config, config, send, torch_rng
+from .core import FileError, build_config, config, usual_tensors, send, torch_rng
 from .files import fit_weights, read_checkpoint
 from .images import ImageSet, to_float
 from .schedule import TrainConfig, batch_indices
@@ -118,9 +118,9 @@ def jitter(x, g):
     Returns:
         (B, C, H, W)
     """
-    dy, dx = torch.randint(-1, 2, (2,), generator=g).tolist()
+    dy, dx = torch.randint(-1, 2, (2,), generator=g, device="cpu").tolist()
     x = F.pad(x, (1, 1, 1, 1), value=-1.0)[..., 1 + dy : x.shape[2] + 1 + dy, 1 + dx : x.shape[3] + 1 + dx]
-    return x + 0.1 * torch.randn(x.shape, generator=g).to(x)
+    return x + 0.1 * torch.randn(x.shape, generator=g, device="cpu", dtype=torch.float32).to(x)
 
 # %% ../../nbs/lab/13_classifier.ipynb #ebc7c773
 def train_classifier(model: Classifier, data: ImageSet, cfg: TrainConfig, state_dir=None):
@@ -166,6 +166,7 @@ def class_accuracy(classifier, images, labels) -> float:
     return torch.cat(right).mean().item()
 
 # %% ../../nbs/lab/13_classifier.ipynb #8d49f2ef
+@usual_tensors()
 def load_classifier(path):
     """A classifier from its checkpoint.
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileError', 'UnreadableFileError', 'UnsafeFileError',
-           'require', 'require_whole', 'require_model', 'whole_numbers', 'require_callable', 'require_config',
-           'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng', 'torch_rng', 'seed_everything',
-           'keep_memory', 'steady', 'setup', 'autocast', 'send', 'is_main', 'find_root', 'home_folder', 'in_clone',
-           'progress']
+           'require', 'require_whole', 'require_model', 'require_eval', 'unwrapped', 'whole_numbers',
+           'require_callable', 'require_config', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng',
+           'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup', 'usual_tensors', 'autocast', 'send',
+           'process_count', 'is_main', 'find_root', 'home_folder', 'in_clone', 'progress']
 
 # %% ../../nbs/lab/00_core.ipynb #511b90ae
 import ctypes
@@ -19,10 +19,10 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
-from numbers import Integral
+from contextlib import contextmanager, nullcontext
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, Literal, dataclass_transform
+from typing import Annotated, Literal, dataclass_transform, get_args
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
@@ -103,6 +103,34 @@ def require_model(what: str, model, named: bool = False):
     require(network, f"{what}: a torch module is needed, not a {type(model).__name__}")
     advice = "make it with create_model, create_teacher or load_checkpoint"
     require(not named or hasattr(model, "config"), f"{what}: a {type(model).__name__} without a config; {advice}")
+
+
+def require_eval(what: str, model):
+    """Refuse a model that leaves out features at random: no image of it could be made again.
+
+    Args:
+        what: it is called in the message
+        model: nn.Module, or any other function
+
+    Raises:
+        ConfigError: it is in training mode, and has dropout
+    """
+    for m in model.modules() if hasattr(model, "modules") else ():
+        share = getattr(m, "p" if "Dropout" in type(m).__name__ else "dropout", 0)
+        drops = m.training and isinstance(share, Real) and share > 0
+        require(not drops, f"{what}: in training mode its dropout makes other images at each call: call .eval()")
+
+
+def unwrapped(model):
+    """The model itself where torch.compile has wrapped it: its kind is asked of this one, the other one is called.
+
+    Args:
+        model: nn.Module, compiled or not
+
+    Returns:
+        nn.Module, the one that was compiled
+    """
+    return getattr(model, "_orig_mod", model)
 
 
 def whole_numbers(name: str, values) -> list:
@@ -355,7 +383,7 @@ def setup(device: str = "auto", threads: int = 0, tf32: bool = False):
         if is_main():
             print("Apple's GPU (mps) has no float64, which samplers need; the CPU is used", file=sys.stderr)
         device = "cpu"
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
+    if device == "cuda" and os.environ.get("LOCAL_RANK"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # one of several processes
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device {device!r}: no GPU is visible; use 'cpu' or 'auto'")
@@ -369,6 +397,25 @@ def setup(device: str = "auto", threads: int = 0, tf32: bool = False):
     return torch.device(device)
 
 # %% ../../nbs/lab/00_core.ipynb #7959fde8
+@contextmanager
+def usual_tensors():
+    """While the block runs, new tensors are float32 if no type is named, and can be trained, whatever the caller has
+    chosen with torch.set_default_dtype and torch.inference_mode.
+
+    Yields:
+        nothing
+    """
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def autocast(precision: Precision, device):
     """The context in which a forward pass runs.
 
@@ -378,9 +425,14 @@ def autocast(precision: Precision, device):
 
     Returns:
         a context manager
+
+    Raises:
+        ConfigError: another precision
     """
     import torch
 
+    known = get_args(Precision)
+    require(precision in known, f"precision {precision!r}; choose from {', '.join(known)}")
     kind, dtype = torch.device(device).type, torch.float16 if precision == "fp16" else torch.bfloat16
     if precision == "float32" and not torch.amp.is_autocast_available(kind):
         return nullcontext()  # meta: there is nothing to switch off
@@ -400,6 +452,23 @@ def send(x, device):
     if x is not None and x.device.type == "cpu" and getattr(device, "type", str(device)[:4]) == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x if x is None else x.to(device)
+
+# %% ../../nbs/lab/00_core.ipynb #3f5d0c21
+def process_count() -> int:
+    """How many processes a launcher, such as torchrun, has started.
+
+    Returns:
+        their number; 1: nothing was launched
+
+    Raises:
+        ConfigError: WORLD_SIZE says several, and what they need to find each other is missing
+    """
+    said = os.environ.get("WORLD_SIZE") or "1"
+    require(said.isdigit(), f"WORLD_SIZE = {said!r}: a whole number; start with torchrun, or unset it")
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [k for k in needed if int(said) > 1 and not os.environ.get(k)]
+    require(not missing, f"WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun, or unset it")
+    return max(int(said), 1)
 
 # %% ../../nbs/lab/00_core.ipynb #4cc8cd12
 def is_main() -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .core import ConfigError, FileError, nearest, require
+from .core import ConfigError, FileError, nearest, require, usual_tensors
 from .files import refuse_pointer
 from ..precond import EDMPrecond
 
@@ -189,6 +189,7 @@ def _side(unet: dict, folder) -> int:
     return side
 
 
+@usual_tensors()
 def load_diffusers(folder):
     """A teacher from a saved diffusers pipeline: unet/ with safetensors weights, scheduler/.
 

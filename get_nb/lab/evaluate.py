@@ -19,7 +19,7 @@ from ..distillation import DistillConfig
 from ..evaluation import EvalConfig, evaluate, generate
 from ..get import GET, ViT
 from .checkpoints import load_checkpoint
-from .core import ConfigError, progress, require, require_whole, setup
+from .core import ConfigError, progress, require, require_whole, setup, process_count, unwrapped
 from .data import load_data, short_name
 from .fast import Fast, require_options
 from .figures import image_grid
@@ -67,7 +67,7 @@ def sampling_formulation(model, precision: str):
     Raises:
         ConfigError: the model has options that the fast formulation lacks
     """
-    if precision == "float32" or not isinstance(model, ViT):
+    if precision == "float32" or not isinstance(unwrapped(model), ViT):
         return None
     return Fast(model, precision, exact=True)
 
@@ -82,14 +82,14 @@ def join_gloo(device: str = "auto"):
         torch.device of this process
 
     Raises:
-        ConfigError: no such device here
+        ConfigError: no such device here, or a launcher's variables are not all there
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+    if process_count() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=timedelta(hours=4))
     device = setup(device)
     if device.type != "cuda":
         return device
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) if device.index is None else device.index)
     torch.cuda.set_device(device)
     return device
 
@@ -337,7 +337,7 @@ def _labels_for(model, labels, n: int, path):
     require(classes, f"{path}: an unconditional model takes no labels")
     in_range = all(0 <= v < classes for v in labels)
     require(in_range, f"labels must lie in 0..{classes - 1}, got {list(labels)}")
-    return torch.tensor([labels[i % len(labels)] for i in range(n)])
+    return torch.tensor([labels[i % len(labels)] for i in range(n)], device="cpu")
 
 
 def sample_to_file(checkpoint, out, n: int, seed: int = 0, labels=(), **how):

@@ -23,7 +23,7 @@ def slerp(a, b, t):
         (N, C, H, W)
     """
     w = torch.acos((a * b).sum() / (a.norm() * b.norm()))
-    t = torch.as_tensor(t, dtype=a.dtype).view(-1, *(1,) * a.ndim)
+    t = torch.as_tensor(t, dtype=a.dtype, device=a.device).view(-1, *(1,) * a.ndim)
     return (torch.sin((1 - t) * w) * a + torch.sin(t * w) * b) / torch.sin(w)
 
 # %% ../../nbs/lab/52_explore.ipynb #557986d7

@@ -20,7 +20,7 @@ from ..fixed_point import fixed_point_iter, or_nan
 from ..get import ViT
 from ..gradients import unroll, unroll_constant
 from ..jacobian import normalize_state
-from .core import ConfigError, Precision, autocast, build_config, require
+from .core import ConfigError, Precision, autocast, build_config, require, unwrapped
 from .images import check_tensor
 from .choices import can_time
 from .blocks import DTYPES, Plan, available, block_weights, choose_plan, fast_block, pack_block
@@ -208,6 +208,7 @@ class _Prepared:
     def __init__(self, model, precision: Precision = "float32", compiled: bool = False, exact: bool = False):
         known = precision in DTYPES
         require(known, f"precision {precision!r}: the fast formulation computes in bf16 or float32")
+        model = unwrapped(model)
         kind = type(model)
         wanted = kind in (ViT, EquilibriumGET)
         require(wanted, f"{kind.__name__}: the fast formulation is for a GET or a ViT of build_model")

@@ -18,8 +18,9 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from .core import FileError, UnreadableFileError, progress, require, require_config, require_model
-from .files import atomic_path, load_tensors, save_tensors, write_json
+from .core import FileError, UnreadableFileError, progress, require, require_config
+from .core import require_eval, require_model
+from .files import atomic_path, load_tensors, make_folder, save_tensors, write_json
 from .images import check_finite
 from .manifest import read_pairs_manifest, remembered_digests, shard_digest, write_pairs_manifest
 from .store import verify_pairs
@@ -173,11 +174,12 @@ def generate_pairs(denoiser, folder, cfg: PairsConfig) -> dict:
             another shape; finished shards are kept
     """
     require_model("denoiser", denoiser)
+    require_eval("denoiser", denoiser)
     require_config(cfg, PairsConfig)
     folder, known = Path(folder).expanduser(), getattr(denoiser, "num_classes", cfg.num_classes)
     classes = f"num_classes = {cfg.num_classes}: labels are drawn from so many classes, the teacher knows {known}"
     require(cfg.num_classes <= known, classes)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for path in sorted(folder.glob("pairs-*.safetensors")):
         _refuse_other_recipe(path, cfg)
     if cfg.compile:

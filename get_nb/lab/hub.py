@@ -12,7 +12,7 @@ import torch
 
 from ..get import GET
 from .checkpoints import build_described, load_checkpoint
-from .core import ConfigError, FileError, require, require_model, require_whole
+from .core import ConfigError, FileError, require, require_model, require_whole, unwrapped
 from .files import atomic_path
 from .shipped import model_card
 
@@ -38,7 +38,7 @@ class OneStepModel(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, description: dict, network=None):
         super().__init__()
-        self.network = network or build_described(dict(description), "description")
+        self.network = build_described(dict(description), "description") if network is None else network
 
     @classmethod
     def of(cls, network):
@@ -70,7 +70,7 @@ class OneStepModel(ModelMixin, ConfigMixin):
         Returns:
             image (B, C, H, W), around [-1, 1]
         """
-        how = dict(n_iter=n_iter) if n_iter and isinstance(self.network, GET) else {}
+        how = dict(n_iter=n_iter) if n_iter and isinstance(unwrapped(self.network), GET) else {}
         return self.network(noise, class_labels, **how)
 
 # %% ../../nbs/lab/50_hub.ipynb #c03d6d9d
@@ -78,8 +78,9 @@ def _iterations(network, asked):
     "How many steps the bar shows; refused where a model does not iterate."
     if asked is not None:
         require_whole("num_inference_steps", asked)
-    if isinstance(network, GET):
-        return asked or network.cfg.n_iter
+    if isinstance(unwrapped(network), GET):
+        steps = asked or network.cfg.n_iter
+        return steps if network is unwrapped(network) else 1  # nothing looks into a compiled pass
     one = asked in (None, 1)
     require(one, f"num_inference_steps = {asked}: {network.config['name']} has one step and does not iterate")
     return 1
@@ -97,6 +98,16 @@ def _watch(network, bar):
     return [block.register_forward_hook(tick) for block in blocks]
 
 
+def _check_generators(generator, size: int):
+    "Refuse what cannot draw for that many images."
+    given = generator if isinstance(generator, list) else [generator]
+    usable = generator is None or all(isinstance(g, torch.Generator) for g in given)
+    advice = "torch.Generator().manual_seed(0), or a list of them"
+    require(usable, f"generator = {generator!r}: {advice}, one for each image, is needed")
+    enough = not isinstance(generator, list) or len(generator) == size
+    require(enough, f"generator: a list for {size} images needs as many; give one for all, or one for each")
+
+
 def _drawn(classes: int, size: int, generator):
     "A class for each image, int64 (size,): by one generator, or each by its own."
     if isinstance(generator, list):
@@ -110,15 +121,20 @@ def _labels(class_labels, batch_size, classes: int, generator):
     if class_labels is None:
         size = 1 if batch_size is None else batch_size
         require_whole("batch_size", size)
+        _check_generators(generator, size)
         return size, _drawn(classes, size, generator) if classes else None
     require(classes, "class_labels: this model is unconditional and takes none")
-    given = torch.as_tensor(class_labels)
+    try:
+        given = torch.as_tensor(class_labels, device=getattr(class_labels, "device", "cpu"))
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"class_labels = {class_labels!r}: whole numbers, one per image") from None
     whole = not given.is_floating_point() and given.dtype != torch.bool and given.ndim < 2
     require(whole and given.numel(), f"class_labels = {class_labels!r}: whole numbers, one per image")
     size = given.numel() if batch_size is None else batch_size
     require_whole("batch_size", size)
     fits = given.numel() in (1, size)
     require(fits, f"class_labels: {given.numel()} for {size} images; give one for all, or one for each")
+    _check_generators(generator, size)
     return size, given.long().reshape(-1).expand(size)
 
 # %% ../../nbs/lab/50_hub.ipynb #f60ba86e
@@ -206,12 +222,14 @@ class OneStepPipeline(DiffusionPipeline):
             OneStepPipeline
 
         Raises:
-            ConfigError: a model that is no one-step generator
+            ConfigError: a model that is no one-step generator, or a dtype that is none of torch's
             FileError: there is no such folder or name, or what is there cannot be read
         """
         name = Path(pretrained_model_name_or_path)
         if not (name / "model_index.json").is_file() and (name.exists() or "/" not in str(name)):
             pipe, dtype = cls(load_checkpoint(name)), options.get("dtype", options.get("torch_dtype"))
+            floating = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+            require(floating, f"dtype = {dtype!r}: a floating-point type of torch is needed, such as torch.float16")
             return pipe if dtype is None else pipe.to(dtype)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **options)

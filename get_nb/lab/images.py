@@ -287,5 +287,5 @@ def flip_some(x, g):
     Returns:
         (B, C, H, W), on the device of x
     """
-    flip = torch.rand(len(x), generator=g) < 0.5
+    flip = torch.rand(len(x), generator=g, device="cpu", dtype=torch.float32) < 0.5
     return torch.where(send(flip, x.device)[:, None, None, None], x.flip(-1), x)

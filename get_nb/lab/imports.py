@@ -134,7 +134,7 @@ def _pairs_shard(latent: Path, image: Path, start: int, size: int) -> dict:
     """
     e, onehot, x = _read_pair_files(latent, image)
     rows = slice(start, start + size)
-    label = torch.full((len(e[rows]),), -1) if onehot is None else _class_of(onehot[rows], latent)
+    label = torch.full((len(e[rows]),), -1, device="cpu") if onehot is None else _class_of(onehot[rows], latent)
     seed = torch.full_like(label, -1)  # it is not known
     out = dict(noise=e[rows].clone(), image=x[rows].clone(), label=label, seed=seed)
     for path, v in ((latent, out["noise"]), (image, out["image"])):

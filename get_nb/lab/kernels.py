@@ -283,7 +283,7 @@ class _Shapes:
 
     def __init__(self, dim, hidden, heads, tokens, rows, dtype):
         def some(*shape):
-            return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            return torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
 
         images = max(1, min(rows, _ROWS) // tokens)
         self.rows = images * tokens

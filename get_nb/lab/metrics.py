@@ -26,7 +26,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from .classifier import load_classifier
-from .core import ConfigError, FileError, require, rng
+from .core import ConfigError, FileError, autocast, usual_tensors, require, rng
 from .effnet import EffnetFeatures, effnet_distance, effnet_size, is_effnet
 from .files import atomic_path, sha256_file
 from .images import check_bytes, content_key, to_float
@@ -171,12 +171,10 @@ class FeatureNetwork:
         if self.kind == "inception" and images.shape[1] != 3:
             channels = f"these have {images.shape[1]} channel(s)"
             raise ConfigError(f"Inception needs colour images, {channels}: name a classifier instead")
-        cuda = self.device.type == "cuda"
-        out = get_featuresdict_from_dataset(
-            _Bytes(images), self.extractor, self.batch_size, cuda, save_cpu_ram=True, verbose=False
-        )
-        features, logits = (out[k] for k in _layers_of(type(self.extractor)))
-        return dict(features=features, logits=logits)
+        cuda, how = self.device.type == "cuda", dict(save_cpu_ram=True, verbose=False)
+        with autocast("float32", self.device), torch.device("cpu"):
+            out = get_featuresdict_from_dataset(_Bytes(images), self.extractor, self.batch_size, cuda, **how)
+        return {name: out[k] for name, k in zip(("features", "logits"), _layers_of(type(self.extractor)))}
 
     def reference(self, images):
         """The same for a set that others are compared with, computed once.
@@ -230,6 +228,7 @@ class FeatureNetwork:
         return dict(distance=self.distance(data, samples), protocol=line, network=dict(kind=self.kind) | self.about)
 
 # %% ../../nbs/lab/14_metrics.ipynb #6a76f53a
+@usual_tensors()
 def load_features(source="inception", device="cpu", path=None, sha256: str | None = None) -> FeatureNetwork:
     """The network in whose features distances are measured.
 
@@ -455,7 +454,7 @@ def nearest_training(images, train, device="cpu"):
     own, other = (tuple(v.shape[1:]) for v in (images, train))
     require(own == other, f"images of {_size(own)} are not compared with training images of {_size(other)}")
     first = {row.tobytes(): i for i, row in reversed([*enumerate(train.flatten(1).cpu().numpy())])}
-    first = torch.tensor(sorted(first.values()))  # a picture that is there twice is no neighbour of itself
+    first = torch.from_numpy(np.sort([*first.values()]))  # a picture that is there twice is no neighbour of itself
     require(len(first) > 1, "one training image has no nearest neighbour: at least two that differ are needed")
     a, b = (to_float(v).flatten(1).to(device) for v in (images, train[first.to(train.device)]))
     d, i = (torch.cat(v) for v in zip(*(torch.cdist(x, b).min(1) for x in a.split(2000))))

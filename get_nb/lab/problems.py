@@ -58,7 +58,7 @@ def gmres_evals(f, z0, W, tol: float = 1e-6, cap: int = 61) -> int:
 
 def _gmres_image(f, z0, W, i, tol, cap):
     "The same for image i."
-    A = torch.eye(len(W), dtype=W.dtype) - W
+    A = torch.eye(len(W), dtype=W.dtype, device=W.device) - W
     r0 = (f(z0) - z0)[i]
     V = (r0 / r0.norm())[:, None]  # orthonormal basis of what the evaluations span
     evals = 1

@@ -33,7 +33,7 @@ def reference_set(data: ImageSet, n: int = 0) -> ImageSet:
     require_whole("n", n, 0)
     if not n or n >= len(data):
         return data
-    i = torch.randperm(len(data), generator=torch_rng("reference", n))[:n].sort().values
+    i = torch.randperm(len(data), generator=torch_rng("reference", n), device="cpu")[:n].sort().values
     return replace(data, images=data.images[i], labels=data.labels[i])
 
 # %% ../../nbs/lab/14b_reference.ipynb #a8a3af56
@@ -88,7 +88,7 @@ def floor_curve(a, b, counts) -> list:
     """
     points = []
     for n in (n for n in counts if n <= min(len(a), len(b))):
-        parts = [x[torch.randperm(len(x), generator=torch_rng("floor", n))[:n]] for x in (a, b)]
+        parts = [x[torch.randperm(len(x), generator=torch_rng("floor", n), device="cpu")[:n]] for x in (a, b)]
         fd = frechet(*map(fid_features_to_statistics, parts))
         kid = kid_features_to_metric(*parts, kid_subset_size=min(1000, n // 2), kid_subsets=20, verbose=False)
         points.append(dict(n=n, fd=fd, kid=kid["kernel_inception_distance_mean"]))

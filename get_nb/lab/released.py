@@ -12,7 +12,7 @@ import torch
 
 from .archives import read_torch, resolve
 from .checkpoints import create_model, create_teacher
-from .core import ConfigError, FileError
+from .core import ConfigError, FileError, usual_tensors
 from .files import check_fit, fit_weights, refuse_pointer
 from .pickles import Node, read_pickle, short
 from ..presets import MODELS
@@ -77,6 +77,7 @@ def find_preset(state: dict, path) -> dict:
     raise FileError(f"{path}: its {len(shapes)} tensors have the names or shapes of none of {', '.join(MODELS)}")
 
 # %% ../../nbs/lab/24_released.ipynb #bb33f3ea
+@usual_tensors()
 def load_reference_get(path):
     """A released GET or ViT with its averaged weights [locuslab/get].
 
@@ -247,6 +248,7 @@ def _teacher_arguments(init: dict, tensors: int, path) -> dict:
     return kw
 
 # %% ../../nbs/lab/24_released.ipynb #6590ef21
+@usual_tensors()
 def load_edm_pickle(path):
     """A released EDM teacher with its averaged weights: EDMPrecond over DDPM++ or NCSN++ [NVlabs/edm].
 

@@ -47,10 +47,17 @@ def find_checkpoint(given) -> Path:
         path of the file; a path to nothing is returned as it is
 
     Raises:
-        FileError: a name that is not shipped, or a folder without weights
+        FileError: a name that is not shipped, a folder without weights, or a path that cannot be
+        ConfigError: neither a path nor a name
     """
+    named = isinstance(given, str | os.PathLike)
+    require(named, f"a checkpoint is named by a path or a shipped name, not by a {type(given).__name__}")
     path = Path(given).expanduser()
-    if path.is_dir():
+    try:
+        folder = path.is_dir()
+    except OSError as e:  # a name that is too long, or a folder above that is closed
+        raise FileError(f"{str(path)[:80]}: {e.strerror}") from None
+    if folder:
         found = path / MODEL_FILE
         require(path.name and found.is_file(), f"{path}: a folder without {MODEL_FILE}; name a file", FileError)
         return found

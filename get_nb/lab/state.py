@@ -10,7 +10,6 @@ __all__ = ['Method', 'Processes', 'TrainingError', 'Diverged', 'Run', 'start_run
 import copy
 import hashlib
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -20,8 +19,8 @@ import torch
 from safetensors import SafetensorError
 
 import get_nb
-from .core import FileError, UnreadableFileError, require, steady
-from .files import load_tensors, optimizer_tensors, part_of, restore_optimizer, save_tensors
+from .core import ConfigError, FileError, UnreadableFileError, require, process_count, steady
+from .files import load_tensors, make_folder, optimizer_tensors, part_of, restore_optimizer, save_tensors
 from .schedule import OPERATION, TrainConfig
 
 # %% ../../nbs/lab/11_state.ipynb #4b103574
@@ -62,7 +61,7 @@ class Processes:
     """
 
     def __init__(self, device, timeout: float = 600):
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), 0
+        self.world, self.rank = process_count(), 0
         if self.world > 1:
             from accelerate import PartialState
 
@@ -174,6 +173,19 @@ class Run:
         return next(self.model.parameters()).device
 
 # %% ../../nbs/lab/11_state.ipynb #c83d21ef
+def _as_kept(identity: dict) -> dict:
+    "An identity as it comes back from a checkpoint."
+    require(isinstance(identity, dict), f"identity: a dict is needed, not a {type(identity).__name__}")
+    try:
+        text = json.dumps(identity)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"identity: json cannot hold it, so no checkpoint can: {e}") from None
+    odd = []
+    json.loads(text, parse_constant=odd.append)
+    require("NaN" not in odd, "identity: NaN is in it, which equals not even itself: nothing could be resumed")
+    return json.loads(text)
+
+
 def start_run(method: Method, cfg: TrainConfig, state_dir=None, identity: dict = None, desc: str = "train") -> Run:
     """A run at step 0; of several processes, all start from the main one's weights.
 
@@ -188,11 +200,14 @@ def start_run(method: Method, cfg: TrainConfig, state_dir=None, identity: dict =
         Run
 
     Raises:
-        ConfigError: steps are to be skipped, but there is no folder to go back to
+        ConfigError: steps are to be skipped, but there is no folder to go back to; or an identity that json cannot
+            hold, or that holds NaN
+        FileError: the folder cannot be made
     """
+    what = {k: v for k, v in asdict(cfg).items() if k not in OPERATION} | _as_kept(identity or {})
     require(cfg.on_bad == "stop" or state_dir, "on_bad = 'skip' goes back to a checkpoint: it needs a state_dir")
     if state_dir:
-        Path(state_dir).mkdir(parents=True, exist_ok=True)
+        make_folder(state_dir)
     model = method.networks[method.averaged]
     device = next(model.parameters()).device
     steady(device)
@@ -202,8 +217,7 @@ def start_run(method: Method, cfg: TrainConfig, state_dir=None, identity: dict =
         processes.start_alike(network)
     half_lives = dict.fromkeys((cfg.ema_half_life, *cfg.ema_more))
     emas = {h: copy.deepcopy(model).eval().requires_grad_(False) for h in half_lives}
-    what = {k: v for k, v in asdict(cfg).items() if k not in OPERATION} | (identity or {})
-    what = json.loads(json.dumps(what))  # as it comes back from a checkpoint
+    what = json.loads(json.dumps(what))
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.precision == "fp16")
     return Run(method, cfg, processes, Path(state_dir) if state_dir else None, what, desc, emas, scaler)
 

@@ -39,7 +39,7 @@ def _as_tensor(value) -> torch.Tensor:
         return value.resolve_neg()
     a = np.asarray(value)
     return torch.as_tensor(
-        np.array(a, np.float64 if a.dtype == np.longdouble else a.dtype.newbyteorder("="), order="C")
+        np.array(a, np.float64 if a.dtype == np.longdouble else a.dtype.newbyteorder("="), order="C"), device="cpu"
     )
 
 
@@ -57,7 +57,7 @@ def _arrays(folder, noise, image, labels) -> tuple:
     advice = "image around [-1, 1], as to_float makes it of bytes"
     given = f"{describe(noise)} and {describe(image)}"
     require(floating, f"{folder}: noise and image must be floating-point, {advice}, not {given}", FileError)
-    label = torch.full((len(noise),), -1) if labels is None else _as_tensor(labels)
+    label = torch.full((len(noise),), -1, device="cpu") if labels is None else _as_tensor(labels)
     fits = len(noise) and noise.ndim == 4 and noise.shape == image.shape and label.shape == noise.shape[:1]
     shapes = f"noise {tuple(noise.shape)}, image {tuple(image.shape)}, labels {tuple(label.shape)}"
     require(fits, f"{folder}: pairs need noise and image (N, C, H, W) and labels (N,), not {shapes}", FileError)
@@ -104,7 +104,7 @@ def save_pairs(folder, noise, image, labels=None, **recipe) -> dict:
     numbers = range(first_seed or 0, (first_seed or 0) + n)
     values = dict(noise=noise, image=image, label=label)
     _check_values(folder, values, recipe["num_classes"], numbers, "pairs" if first_seed is None else "seeds")
-    seed = torch.full((n,), -1) if first_seed is None else first_seed + torch.arange(n)
+    seed = torch.full((n,), -1, device="cpu") if first_seed is None else first_seed + torch.arange(n, device="cpu")
     entries = []
     for start in range(0, n, recipe["shard_size"]):
         path, rows = folder / f"pairs-{len(entries):05d}.safetensors", slice(start, start + recipe["shard_size"])

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from .core import autocast, is_main, progress, seed_everything
-from .core import require_callable, require_config, require_model
+from .core import require, require_callable, require_config, require_model
 from .schedule import TrainConfig, ema_decay, ema_update, learning_rate, shares
 from .state import Diverged, Method, Run, TrainingError, last_good, load_state, save_state, start_run
 
@@ -32,8 +32,14 @@ def make_optimizer(network, cfg: TrainConfig, fused: bool = True):
 
     Returns:
         torch.optim.AdamW
+
+    Raises:
+        ConfigError: there is no such weight
     """
     trained = [p for p in network.parameters() if p.requires_grad]
+    require(
+        trained, f"{type(network).__name__}: nothing to train: none of its weights wants a gradient (requires_grad)"
+    )
     betas = (cfg.beta1, cfg.beta2)
     return torch.optim.AdamW(trained, cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=fused)
 
@@ -48,6 +54,21 @@ def _sum_over_processes(run: Run, tensors: list):
         t.copy_(part.view_as(t))
 
 # %% ../../nbs/lab/12_train.ipynb #1787cd4c
+_TAKEN = ("step", "watch", "seconds", "resumed_at", "skipped", "averages")  # what else a history has
+
+
+def _check_terms(found: dict):
+    "Refuse a loss that cannot be descended, and a scalar that could have no curve."
+    require(found, "loss: none was returned; a scalar tensor is needed, or scalars by name, the loss first")
+    for name, value in found.items():
+        given = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        scalar = isinstance(value, torch.Tensor) and value.numel() == 1
+        require(scalar, f"{name}: a scalar tensor is needed, the mean over the images, not a {given}")
+        require(name not in _TAKEN, f"a loss cannot be called {name!r}: so is something else in the history")
+    name, loss = next(iter(found.items()))
+    require(loss.requires_grad, f"{name}: a tensor without gradient: it does not depend on the weights, or is detached")
+
+
 def descend(run: Run, optimizer, lr: float, terms) -> dict:
     """One step of one optimizer down the gradient of a loss over the whole batch.
 
@@ -59,6 +80,9 @@ def descend(run: Run, optimizer, lr: float, terms) -> dict:
 
     Returns:
         name -> mean over the whole batch, the same on all processes
+
+    Raises:
+        ConfigError: a term is no scalar tensor or has a name that is taken, or the loss has no gradient
     """
     cfg, processes, means = run.cfg, run.processes, {}
     for group in optimizer.param_groups:
@@ -70,8 +94,10 @@ def descend(run: Run, optimizer, lr: float, terms) -> dict:
         seed_everything("step", cfg.seed, run.step, *(() if whole else (share.start,)))
         with autocast(cfg.precision, run.device):
             found = terms(share)
+        _check_terms(found)
         loss = next(iter(found.values()))
-        run.scaler.scale(loss * weight).backward()
+        with autocast("float32", run.device):  # what the backward pass computes again is not the caller's autocast's
+            run.scaler.scale(loss * weight).backward()
         for name, value in found.items():
             means[name] = means.get(name, 0.0) + weight * value.detach()
     weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -80,6 +106,7 @@ def descend(run: Run, optimizer, lr: float, terms) -> dict:
     run.norms.append(torch.nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf))
     run.scaler.step(optimizer)
     run.scaler.update()
+    torch.clear_autocast_cache()  # inside the caller's autocast it would hold on to weights as they were
     return means
 
 # %% ../../nbs/lab/12_train.ipynb #bf91b721
@@ -298,6 +325,15 @@ def _loop(run: Run, watch, watch_every: int, asked: list):
                 )
 
 # %% ../../nbs/lab/12_train.ipynb #4a370104
+def _refuse_inference(method: Method, desc: str):
+    "Refuse to train where torch's inference mode has taken gradients away."
+    away = "torch.inference_mode() takes gradients away for good"
+    require(not torch.is_inference_mode_enabled(), f"{desc}: {away}: leave its block to train")
+    weights = [p for network in method.networks.values() for p in network.parameters()]
+    made = any(p.is_inference() for p in weights)
+    require(not made, f"{desc}: {away}, and the model was made or moved in its block: make it outside")
+
+
 def train_method(
     method: Method,
     cfg: TrainConfig,
@@ -326,9 +362,11 @@ def train_method(
     Raises:
         TrainingError: a loss was bad, a checkpoint could not be written, or another process failed
         FileError: the checkpoint in state_dir is of another run
-        ConfigError: the batch cannot be divided, or steps are to be skipped without a state_dir
+        ConfigError: the batch cannot be divided, steps are to be skipped without a state_dir, an identity that json
+            cannot hold, a loss that cannot be descended, or weights or a caller in torch's inference mode
         Stopped: SIGTERM came, and a checkpoint was written
     """
+    _refuse_inference(method, desc)
     run = start_run(method, cfg, state_dir, identity, desc)
     run.formulation = formulation
     resumed = load_state(run)
@@ -339,7 +377,7 @@ def train_method(
     elif cfg.on_bad == "skip":
         save_state(run)
     try:
-        with compiled(run.model, cfg.compile), on_sigterm() as asked:
+        with torch.enable_grad(), compiled(run.model, cfg.compile), on_sigterm() as asked:
             _loop(run, watch, watch_every, asked)
     except RuntimeError as e:
         if run.processes.world == 1 or isinstance(e, TrainingError):
