@@ -7,6 +7,7 @@ __all__ = ['build_described', 'load_checkpoint', 'load_weights', 'create_model',
            'push_to_hub', 'from_pretrained']
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #05aed99c
+import copy
 import functools
 import os
 from pathlib import Path
@@ -17,8 +18,8 @@ from .classifier import create_classifier
 from ..get import ViT
 from .core import ConfigError, FileError, UnsafeFileError, nearest, require
 from .diffusers import create_diffusers_teacher
-from .files import fit_weights, read_checkpoint, save_checkpoint, write_json
-from .shipped import MODEL_FILE, find_checkpoint, model_card
+from .files import fit_weights, model_digest, read_checkpoint, save_checkpoint, write_json
+from .shipped import MODEL_FILE, find_checkpoint, model_card, notes_of
 from ..precond import EDMPrecond
 from ..presets import build_model
 from ..teachers import build_teacher
@@ -77,6 +78,7 @@ def load_checkpoint(path):
     model = build_described(info.get("config"), path)
     fit_weights(model, tensors, path).eval()
     model.meta = info.get("meta", {})
+    model.noted = dict(meta=copy.deepcopy(model.meta), digest=model_digest(model))  # for `notes_of`
     return model
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #10c55965
@@ -170,22 +172,31 @@ def _hub_model():
             self.model = model
 
         def _save_pretrained(self, save_directory):
-            notes = getattr(self.model, "meta", {})
-            save_checkpoint(save_directory / MODEL_FILE, self.model, **notes)
+            save_checkpoint(save_directory / MODEL_FILE, self.model, **notes_of(self.model))
             write_json(save_directory / "config.json", self.model.config)
+
+        def push_to_hub(self, repo_id, **options):
+            return super().push_to_hub(repo_id, **options | dict(model_card_kwargs=dict(repo_id=repo_id)))
 
         @classmethod
         def _from_pretrained(cls, *, model_id, **where):
             return cls(load_checkpoint(hf_hub_download(model_id, MODEL_FILE, **where)))
 
-        def generate_model_card(self, **_):
-            return ModelCard(model_card(self.model.config, getattr(self.model, "meta", {})))
+        def generate_model_card(self, folder=None, repo_id=None, **_):
+            kind = type(self.model)
+            load = f"import get_nb\n\nmodel = get_nb.load_checkpoint({str(folder)!r})"
+            if repo_id:
+                first = f"from {kind.__module__} import {kind.__name__}"
+                load = f"{first}\n\nmodel = {kind.__name__}.from_pretrained({repo_id!r})"
+            return ModelCard(model_card(self.model.config, notes_of(self.model), load=load))
 
     return HubModel
 
 # %% ../../nbs/lab/23_checkpoints.ipynb #bcd51be3
 def save_pretrained(model, folder, **options):
     """Write a folder as a model hub has it: model.safetensors, config.json and a card, README.md.
+
+    What a loaded checkpoint said of its model, metrics too, goes along while weights and options are those that came.
 
     Args:
         model: with a `.config`; also its method
@@ -201,7 +212,7 @@ def save_pretrained(model, folder, **options):
     """
     hub = _hub_model()
     try:
-        return hub(model).save_pretrained(folder, **options)
+        return hub(model).save_pretrained(folder, model_card_kwargs=dict(folder=folder), **options)
     except OSError as e:
         raise FileError(f"{folder}: {e.strerror or ' '.join(str(e).split())[:200]}") from None
 

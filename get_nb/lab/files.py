@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'write_json', 'sha256_file', 'save_tensors', 'load_tensors', 'part_of', 'optimizer_tensors',
-           'restore_optimizer', 'save_checkpoint', 'read_checkpoint', 'check_fit', 'fit_weights']
+           'restore_optimizer', 'save_checkpoint', 'model_digest', 'read_checkpoint', 'check_fit', 'fit_weights']
 
 # %% ../../nbs/lab/03_files.ipynb #4a21c8f2
 import hashlib
@@ -217,12 +217,27 @@ def save_checkpoint(path, model, **meta):
         the digest, or None on all processes but the main one
 
     Raises:
+        ConfigError: no module with a `.config`
+        FileError: json cannot express meta, or path is a folder
         OSError: the file cannot be written
     """
     require_model("model", model, named=True)
     if not is_main():
         return None
     return save_tensors(path, model.state_dict(), dict(kind="checkpoint", schema=1, config=model.config, meta=meta))
+
+
+def model_digest(model) -> str:
+    """Digest of a model's numbers and options, in whatever precision it holds them.
+
+    Args:
+        model: nn.Module with `.config`
+
+    Returns:
+        sha256 in hexadecimal: another one once a weight or an option has changed
+    """
+    tensors = {k: v.float() for k, v in model.state_dict().items()}
+    return _tensors_digest(tensors, json.dumps(model.config, sort_keys=True))
 
 # %% ../../nbs/lab/03_files.ipynb #95c68368
 def read_checkpoint(path):

@@ -14,7 +14,7 @@ from ..get import GET
 from .checkpoints import build_described, load_checkpoint
 from .core import ConfigError, FileError, require, require_model, require_whole
 from .files import atomic_path
-from .shipped import model_card
+from .shipped import model_card, notes_of
 
 try:
     from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -232,5 +232,6 @@ class OneStepPipeline(DiffusionPipeline):
             tmp.write_text(_PIPELINE_FILE, encoding="utf-8")
         if not card.exists():
             network = self.model.network
-            card.write_text(model_card(network.config, getattr(network, "meta", {})), encoding="utf-8")
+            load = f"import get_nb\n\npipe = get_nb.OneStepPipeline.from_pretrained({str(save_directory)!r})"
+            card.write_text(model_card(network.config, notes_of(network), load=load), encoding="utf-8")
         super().save_pretrained(save_directory, **options)
