@@ -476,6 +476,10 @@ WRONG_PAIRS = {
     "a NaN image": (lambda a: dict(image=spoil(a["image"], torch.nan, 4, 0, 1, 1)), "image: 1 of 6 .* seeds 104$"),
     "infinite noise": (lambda a: dict(noise=spoil(a["noise"], torch.inf, 2)), "noise: 1 of 6 .* seeds 102$"),
     "byte images": (lambda a: dict(image=to_uint8(a["image"])), "must be floating-point, .* not float32 .* and uint8"),
+    "bytes as floats": (
+        lambda a: dict(image=to_uint8(a["image"]).float()),
+        "image reaches 2.*around .-1, 1., as .*to_float",
+    ),
     "whole noise": (lambda a: dict(noise=a["noise"].long()), "must be floating-point"),
     "another size": (lambda a: dict(image=a["image"][..., :4]), "pairs need noise and image"),
     "no batch": (lambda a: dict(noise=a["noise"][0], image=a["image"][0]), "pairs need noise and image"),
