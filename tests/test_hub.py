@@ -330,3 +330,11 @@ def test_the_lines_on_a_card_load_the_model_that_it_describes(name, tmp_path, mo
     assert [snippet(card).splitlines()[-1] for card in cards] == [
         f"model = {type(model).__name__}.from_pretrained('me/tiny')"
     ] * 2
+
+
+@pytest.mark.parametrize("module, name", [("kd", "OneStep"), ("meanflow", "MeanFlow")])
+def test_a_class_loads_a_model_before_anything_else_is_imported(module, name, tmp_path):
+    code = f"from get_nb.{module} import {name}\nprint(callable({name}.save_pretrained))\n{name}.from_pretrained('nothing')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)))  # fmt: skip
+    assert done.stdout == "True\n" and "FileError: nothing: no such file" in done.stderr, done.stderr

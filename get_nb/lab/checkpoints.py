@@ -12,8 +12,8 @@ import functools
 import os
 from pathlib import Path
 
-from ..kd import OneStep, create_one_step
-from ..meanflow import MeanFlow, create_meanflow
+from ..kd import create_one_step
+from ..meanflow import create_meanflow
 from .classifier import create_classifier
 from ..get import ViT
 from .core import ConfigError, FileError, UnsafeFileError, nearest, require
@@ -260,6 +260,6 @@ def from_pretrained(cls, name, **options):
     return model
 
 
-for _class in (ViT, EDMPrecond, OneStep, MeanFlow):
+for _class in (ViT, EDMPrecond):
     _class.save_pretrained, _class.push_to_hub = save_pretrained, push_to_hub
     _class.from_pretrained = classmethod(from_pretrained)

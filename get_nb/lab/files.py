@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['atomic_path', 'write_json', 'sha256_file', 'save_tensors', 'load_tensors', 'part_of', 'optimizer_tensors',
-           'restore_optimizer', 'save_checkpoint', 'model_digest', 'read_checkpoint', 'check_fit', 'fit_weights']
+           'restore_optimizer', 'save_checkpoint', 'model_digest', 'read_checkpoint', 'check_fit', 'fit_weights',
+           'OnHub']
 
 # %% ../../nbs/lab/03_files.ipynb #4a21c8f2
 import hashlib
 import json
 import os
+import sys
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+import get_nb
 from .core import FileError, UnreadableFileError, is_main, require, require_model
 
 # %% ../../nbs/lab/03_files.ipynb #782fb731
@@ -300,3 +303,49 @@ def fit_weights(model, tensors: dict, path):
         require(numbers, f"{path}: {k[:80]} holds NaN or infinity: no weights of a model that works", FileError)
     model.load_state_dict(tensors)
     return model
+
+# %% ../../nbs/lab/03_files.ipynb #1d5e8ba2
+def _hub():
+    "Lab room checkpoints, which stands above all models and knows what to do; it is loaded when it is needed."
+    return sys.modules[get_nb.load_checkpoint.__module__]
+
+
+class OnHub:
+    "Gives a model the methods of a model hub: get_nb.lab.checkpoints has what they do and what they raise."
+
+    def save_pretrained(self, folder, **options):
+        """Write a folder as a model hub has it: model.safetensors, config.json and a card, README.md.
+
+        Args:
+            folder: to write; made if absent. A card that is there is kept
+            **options: of huggingface_hub's mixin, such as push_to_hub=True and repo_id
+
+        Returns:
+            None, or what a push returns
+        """
+        return _hub().save_pretrained(self, folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options):
+        """Upload the model to the Hugging Face hub.
+
+        Args:
+            repo_id: "owner/name"
+            **options: of huggingface_hub's mixin, such as private=True and token
+
+        Returns:
+            url of the commit
+        """
+        return _hub().push_to_hub(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, name, **options):
+        """A model from a folder, a shipped name, or the Hugging Face hub; no code of the hub is run.
+
+        Args:
+            name: a folder of `save_pretrained`, a shipped name, or "owner/name" on the hub
+            **options: of huggingface_hub's mixin, such as revision, token and local_files_only
+
+        Returns:
+            nn.Module in eval mode, an instance of this class
+        """
+        return _hub().from_pretrained(cls, name, **options)
