@@ -115,6 +115,7 @@ def save_tensors(path, tensors: dict, info: dict) -> str:
     return digest
 
 # %% ../../nbs/lab/03_files.ipynb #cf1759b2
+_READERS = {".pkl": "load_edm_pickle", ".pth": "load_reference_get", ".pt": "load_reference_get"}
 _ADVICE = "restore it or make it again"
 
 
@@ -132,7 +133,9 @@ def _read_safetensors(path) -> tuple:
             meta = (f.metadata() or {}).get("get_nb")
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
-        raise FileError(f"{path}: not a whole safetensors file ({str(e)[:200]})") from None
+        reader = _READERS.get(Path(path).suffix)
+        other = f"; {reader} reads a released one" if reader else ""
+        raise FileError(f"{path}: not a whole safetensors file ({str(e)[:200]}){other}") from None
     require(meta is not None, f"{path}: a safetensors file, but not one of ours: its header lacks 'get_nb'", FileError)
     return tensors, meta
 

@@ -11,7 +11,7 @@ import os
 from importlib.resources import files as package_files
 from pathlib import Path
 
-from .core import FileError, nearest, require
+from .core import ConfigError, FileError, nearest, require
 from .files import model_digest, sha256_file
 
 # %% ../../nbs/lab/22b_shipped.ipynb #a12e5403
@@ -47,11 +47,15 @@ def find_checkpoint(given) -> Path:
         path of the file; a path to nothing is returned as it is
 
     Raises:
-        FileError: a name that is not shipped, or a folder without weights
+        ConfigError: neither a path nor a name
+        FileError: a name that is not shipped, a folder without weights, or one of a pipeline
     """
+    proper = isinstance(given, str | os.PathLike)
+    require(proper, f"weights {given!r}: the path of a file or folder is needed, or a shipped name", ConfigError)
     path = Path(given)
     if path.is_dir():
-        found = path / MODEL_FILE
+        found, pipeline = path / MODEL_FILE, (path / "model_index.json").is_file()
+        require(not pipeline, f"{path}: the folder of a pipeline; OneStepPipeline.from_pretrained loads it", FileError)
         require(path.name and found.is_file(), f"{path}: a folder without {MODEL_FILE}; name a file", FileError)
         return found
     bare = path.name == str(given) and not path.suffix and not path.exists()
