@@ -346,7 +346,7 @@ NOT_BYTES = {
     "numbers in [-1, 1]": to_float,
     "float64": lambda x: x.double(),
     "int64": lambda x: x.long(),
-    "numpy": lambda x: x.numpy(),
+    "floats of numpy": lambda x: x.float().numpy(),
     "no batch": lambda x: x[0],
     "flattened": lambda x: x.flatten(1),
     "none": lambda x: x[:0],
