@@ -6,6 +6,7 @@
 __all__ = ['correction_weights', 'DistillConfig', 'distill_loss', 'iterations_at', 'pairs_loss', 'distill']
 
 # %% ../nbs/31_distillation.ipynb #69e911a0
+import warnings
 from dataclasses import asdict
 from typing import Literal
 
@@ -16,6 +17,7 @@ from .jacobian import jacobian_penalty, residual_penalty
 from .lab.capture import Graphs
 from .lab.core import Fraction, Ints, config, nearest, require, rng, send
 from .lab.core import require_callable, require_config, require_model
+from .lab.images import describe
 from .lab.schedule import TrainConfig, batch_indices
 from .lab.train import train
 from .losses import get_loss
@@ -95,6 +97,13 @@ def _supervised_images(model, noise, labels, cfg: DistillConfig, n_iter: int):
     return images, 0.0
 
 # %% ../nbs/31_distillation.ipynb #d06a875b
+def _scalar(value):
+    "What a distance returned, refused unless it is one number that has a gradient."
+    one = hasattr(value, "backward") and value.numel() == 1
+    require(one, f"distance: a scalar tensor is needed, the mean over the images, not {describe(value)}")
+    return value
+
+
 def distill_loss(model, noise, labels, target, cfg: DistillConfig, n_iter: int = None, distance=None):
     """Weighted distance of every supervised image to the teacher's: the correction loss [locuslab/get].
 
@@ -111,7 +120,8 @@ def distill_loss(model, noise, labels, target, cfg: DistillConfig, n_iter: int =
         scalar
 
     Raises:
-        ConfigError: cfg.loss needs weights and no distance is passed, or a penalty is asked of unshared weights
+        ConfigError: cfg.loss needs weights and no distance is passed, a penalty is asked of unshared weights, or
+            distance returns no scalar
     """
     n = n_iter or (cfg.n_iter + max(cfg.n_iter, cfg.n_iter_max)) // 2
     d = distance or get_loss(cfg.loss)
@@ -120,7 +130,7 @@ def distill_loss(model, noise, labels, target, cfg: DistillConfig, n_iter: int =
     if len(images) > 1:
         weights = correction_weights(n, cfg.gamma, cfg.weights)
         w = [weights[k - 1] for k in supervised(n, cfg.supervise)]
-    return sum(w_k * d(x_k, target) for w_k, x_k in zip(w, images)) + penalty
+    return sum(w_k * _scalar(d(x_k, target)) for w_k, x_k in zip(w, images)) + penalty
 
 # %% ../nbs/31_distillation.ipynb #cd8905cb
 def iterations_at(cfg: DistillConfig, step: int, steps: int, seed: int = 0) -> int:
@@ -183,12 +193,24 @@ def _check_distillation(model, pairs, cfg, train_cfg, functions):
     "Refuse what cannot be distilled, or not so: a conditional student of pairs whose labels it cannot know, too."
     require_model("model", model, named=True)
     require(hasattr(pairs, "batch"), f"pairs: a PairDataset is needed, not a {type(pairs).__name__}")
+    listed = isinstance(getattr(pairs, "manifest", None), dict) and "shards" in pairs.manifest
+    require(listed, 'pairs: no manifest that says which they are; pairs of your own: manifest = {"shards": []}')
     require_config(cfg, DistillConfig)
     require_config(train_cfg, TrainConfig)
     require_callable(**{name: f for name, f in functions.items() if f is not None})
     classes, known = model.config["num_classes"], getattr(pairs, "num_classes", None)
     fits = not classes or known is None or 0 < known <= classes or (known == 0 and hasattr(model, "denoiser"))
     require(fits, f"the student has {classes} classes, the pairs {known}: labels would be missing or out of range")
+    if known and not classes:
+        advice = "an unconditional student learns from pairs without, PairsConfig(num_classes=0)"
+        message = f"the pairs were made with labels of {known} classes, which the student does not see: {advice}"
+        warnings.warn(message, stacklevel=3)
+
+
+def _name_of(distance):
+    "By what a checkpoint knows a distance: the name of its function or class."
+    named = distance if hasattr(distance, "__qualname__") else type(distance)
+    return distance and f"{named.__module__}.{named.__qualname__}"
 
 
 def distill(
@@ -206,10 +228,11 @@ def distill(
 
     Args:
         model: GET or ViT, trained in place
-        pairs: what has len(), .batch(indices) -> dict of noise, label, image, and .manifest, as PairDataset has
+        pairs: what has len(), .batch(indices) -> dict of noise, label, image, and .manifest, a dict whose shards have
+            each a sha256 (it tells a checkpoint which pairs it belongs to), as PairDataset has
         cfg: what the student is asked for
         train_cfg: how it is trained
-        state_dir: folder of the checkpoints, for resuming; None: keep none
+        state_dir: folder of the checkpoints; one that is there is resumed, whatever the model's weights; None: none
         probe: (model, step), called before each step, for measuring; it must change nothing
         distance: (image, target) -> scalar; None: the pixel distance that cfg.loss names
         formulation: what computes in the model's place, over its parameters; None: the model itself. What it chooses by
@@ -221,6 +244,10 @@ def distill(
 
     Raises:
         ConfigError: cfg cannot be met (see distill_loss and iterations_at), or the pairs have other classes
+        FileError: the checkpoint in state_dir is of another run: other pairs, model, configuration or distance
+        TrainingError: a checkpoint cannot be written, or another process failed
+        Diverged: a TrainingError: the loss is not finite, or has exploded
+        Stopped: SIGTERM came, and a checkpoint was written
     """
 
     def loss_fn(net, step, share):
@@ -234,6 +261,6 @@ def distill(
     _check_distillation(model, pairs, cfg, train_cfg, functions)
     graphs = Graphs(model, train_cfg.compile)
     digests = [s["sha256"] for s in pairs.manifest["shards"]]
-    identity = dict(distill=asdict(cfg), model=model.config, pairs=digests)
+    identity = dict(distill=asdict(cfg), model=model.config, pairs=digests, distance=_name_of(distance))
     chooses = formulation if hasattr(formulation, "restore") else None
     return train(model, loss_fn, train_cfg, state_dir, identity, model.config["name"], watch, chooses)

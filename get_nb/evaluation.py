@@ -301,17 +301,25 @@ def evaluate(model, cfg: EvalConfig, train, test, network, data: str, formulatio
     """The whole protocol for one model.
 
     Args:
-        model: teacher, GET or ViT, eval mode
+        model: teacher, GET or ViT, eval mode; or a module of your own, model(noise, labels) -> images, with `.config`,
+            a dict of name, num_classes (0: unconditional), image_size and channels; a subclass of EDMPrecond is sampled
+            as a teacher, D(x, sigma, labels)
         cfg: what is measured
         train: training split: an ImageSet, or a dict of mu and sigma
         test: held-out split, likewise
-        network: FeatureNetwork in whose features images are compared, or a list, as in `measure`
+        network: FeatureNetwork in whose features images are compared, or a list: the others' numbers are under `also`
         data: short name of the data set, such as `ImageSet.data`
-        formulation: what computes in the model's place when sampling, as in `measure`
-        spread: how batches are shared by several processes, as in `measure`
+        formulation: what computes in the model's place when sampling; None: the model itself
+        spread: (f, parts, description) -> list of f(part), or None where another process collects; None: one process
 
     Returns:
-        dict, images uint8 (n, C, H, W), labels int64 (n,); or three None where another process collects
+        dict, images uint8 (n, C, H, W), labels int64 (n,); or three None where another process collects. The dict has
+        kind, name, data and samples; train and test, each as `compare` returns it: fd, fd_std, kid, kid_std,
+        precision, recall, inception_score and its std; class_accuracy and copy_share (shares, or None); cost:
+        evaluations, gmac, ms_per_image, parameters; distance, protocol and network, in words; sweep: such dicts
+
+    Raises:
+        ConfigError: the model has no config, or makes images that are not finite or of another shape than the splits
     """
     from get_nb.lab.metrics import copy_share
 

@@ -8,10 +8,11 @@ __all__ = ['OneStep', 'copy_denoiser', 'create_one_step']
 # %% ../nbs/40_kd.ipynb #8e320df4
 from torch import nn
 
+from .lab.files import OnHub
 from .teachers import build_teacher
 
 # %% ../nbs/40_kd.ipynb #a5f1377b
-class OneStep(nn.Module):
+class OneStep(OnHub, nn.Module):
     """A denoiser evaluated once, at its highest noise level, as a generator (EDM, algorithm 1 with one step).
 
     Args:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .lab.capture import Graphs
 from .lab.core import Fraction, config, send, torch_rng
+from .lab.files import OnHub
 from .lab.images import ImageSet
 from .lab.schedule import TrainConfig, batch_indices
 from .lab.train import train
@@ -100,7 +101,7 @@ def flow_times(n: int, cfg: MeanFlowConfig, generator):
     return t, torch.where(same, t, r)
 
 # %% ../nbs/43_meanflow.ipynb #2c2d47de
-class MeanFlow(nn.Module):
+class MeanFlow(OnHub, nn.Module):
     """A one-step generator that knows average velocities: image = noise - u(noise; t = 1, r = 0).
 
     Args:

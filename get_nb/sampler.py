@@ -146,7 +146,8 @@ def heun_sample(denoiser, noise, labels=None, *, num_steps=18, sigma_min=0.002, 
     """Second-order sampler of EDM: algorithm 1, with churn algorithm 2; 2 num_steps - 1 evaluations.
 
     Args:
-        denoiser: D(x; sigma, labels)
+        denoiser: D(x, sigma, labels) -> estimate of the clean image, of x's shape; any function or module of x float32
+            (B, C, H, W), sigma float32 of no dimension, and labels int64 (B,) or None
         noise: unit Gaussian, (B, C, H, W)
         labels: int64 (B,) or None
         num_steps: N, at least 1

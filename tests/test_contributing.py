@@ -15,9 +15,9 @@ from PIL import Image
 import get_nb
 from conftest import ROOT
 from get_nb.lab.data import load_data
-from get_nb.lab.pipeline import run_profile
-from get_nb.lab.profiles import demo_clone
+from get_nb.lab import pipeline
 from lint import docstrings, problems, sizes
+from test_paper import run_here
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 HEADING = "## (?!Exercise)"  # which stands in a room, not on the page
@@ -90,12 +90,28 @@ def test_a_data_set(tmp_path):
     assert names["images"].images.shape[1:] == (3, 8, 8)
 
 
+SMALL = """
+defaults: {data: digits, threads: 1, device: cpu}
+stages:
+  classifier: {params: {steps: 20, floor_splits: 2}}
+  teacher: {params: {steps: 12, batch_size: 32}}
+  pairs: {inputs: {teacher: teacher}, params: {n: 192, num_steps: 2}}
+  evaluate_teacher: {notebook: evaluate, inputs: {model: teacher, classifier: classifier}, params: {samples: 100, num_steps: 2}}
+"""
+
+
 @pytest.mark.slow
-def test_a_rival_and_a_table(tmp_path):
-    root = demo_clone(tmp_path)
-    shutil.copy(root / "nbs/paper/square.ipynb", root / "nbs/paper/mine.ipynb")
-    profile = root / "nbs/paper/profiles/demo.yaml"
-    lines = "\n".join(blocks("A rival") + blocks("A table"))
-    profile.write_text(profile.read_text(encoding="utf-8").rstrip() + "\n" + lines + "\n", encoding="utf-8")
-    folder = run_profile(root, "demo")
-    assert (folder / "mine/stamp.json").is_file() and (folder / "table_mine/stamp.json").is_file()
+def test_a_rival_and_a_table(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "nbs/paper", tmp_path / "nbs/paper")
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    shutil.copy(tmp_path / "nbs/paper/kd.ipynb", tmp_path / "nbs/paper/mine.ipynb")
+    lines = "\n".join(["about: to try it out", SMALL.strip(), *blocks("A rival"), *blocks("A table")])
+    (tmp_path / "nbs/paper/profiles/small.yaml").write_text(lines + "\n", encoding="utf-8")
+    monkeypatch.setenv("GET_NB_ROOT", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setattr(pipeline, "execute", run_here)
+    threads = torch.get_num_threads()
+    folder = pipeline.run_profile(tmp_path, "small")
+    torch.set_num_threads(threads)
+    table = (folder / "table_mine/table_mine.md").read_text(encoding="utf-8")
+    assert {"Mine", "Teacher"} <= set(re.findall(r"\w+", table)), table

@@ -17,12 +17,14 @@ import torch
 
 import toy
 from conftest import until
+from get_nb.distillation import DistillConfig, distill
 from get_nb.lab.core import ConfigError
-from get_nb.lab.core import FileError
+from get_nb.lab.core import FileError, seed_everything
 from get_nb.lab.files import load_tensors, save_tensors
 from get_nb.lab.schedule import OPERATION, TrainConfig, shares
 from get_nb.lab.state import TrainingError, checkpoints
-from get_nb.lab.train import Stopped, train_method
+from get_nb.lab.train import Stopped, train, train_method
+from get_nb.presets import build_model
 
 HERE = Path(__file__).parent
 ENV = dict(
@@ -137,7 +139,9 @@ def test_sigterm_leaves_a_checkpoint_of_the_very_step_and_code_143(alone, tmp_pa
 def test_what_only_says_how_may_change_on_resume_and_what_says_what_may_not(alone, tmp_path):
     with pytest.raises(ZeroDivisionError):
         toy.fit(tmp_path, watch=crash(25))
-    with pytest.raises(FileError, match="made with lr = 0.003, now 0.001"):
+    with pytest.raises(
+        FileError, match=f"made with lr = 0.003, now 0.001; to start again, delete the folder {tmp_path}"
+    ):
         toy.fit(tmp_path, lr=1e-3)
     ema, _ = toy.fit(tmp_path, accumulate=4, checkpoint_every=7, keep=3)
     assert all((p - q).abs().max() < 1e-4 for p, q in zip(ema.parameters(), alone[0]))
@@ -368,3 +372,91 @@ def test_skipping_with_no_checkpoint_left_stops(tmp_path):
 
     with pytest.raises(TrainingError, match="nothing to go back to"):
         toy.fit(tmp_path, on_bad="skip", poison=25, watch=lose)
+
+
+class FewPairs:
+    "Eight pairs in memory."
+
+    manifest, num_classes = dict(shards=[]), 0
+
+    def __len__(self):
+        return 8
+
+    def batch(self, index):
+        noise = torch.randn((8, 1, 8, 8), generator=torch.Generator().manual_seed(0))[index]
+        return dict(noise=noise, label=torch.full((len(index),), -1), image=noise.tanh())
+
+
+def huber(image, target):
+    return torch.nn.functional.huber_loss(image, target)
+
+
+def cubed(image, target):
+    return (image - target).abs().pow(3).mean()
+
+
+def students_steps(folder=None, distance=None, pairs=None, cfg=None, **change):
+    seed_everything(0)
+    model = build_model("GET-digits/2", image_size=8, channels=1, dim=16, heads=2)
+    how = TrainConfig(**dict(steps=4, batch_size=4, checkpoint_every=2) | change)
+    return distill(model, pairs or FewPairs(), cfg or DistillConfig(n_iter=2), how, folder, distance=distance)
+
+
+def test_a_distillation_is_not_resumed_with_another_distance(tmp_path):
+    students_steps(tmp_path, huber)
+    students_steps(tmp_path, huber)
+    for other in (cubed, None, torch.nn.HuberLoss()):
+        with pytest.raises(FileError, match="made with distance = .*huber"):
+            students_steps(tmp_path, other)
+
+
+def test_a_checkpoint_that_does_not_know_its_distance_is_resumed(tmp_path):
+    students_steps(tmp_path, huber)
+    for path in checkpoints(tmp_path):
+        tensors, info = load_tensors(path)
+        del info["config"]["distance"]
+        save_tensors(path, tensors, info)
+    assert students_steps(tmp_path, huber)[1]["resumed_at"] == [4]
+
+
+@pytest.mark.parametrize(
+    "distance",
+    [
+        lambda x, y: (x - y).abs().flatten(1).mean(1),
+        lambda x, y: dict(loss=(x - y).abs().mean()),
+        lambda x, y: (x - y).abs().mean().item(),
+    ],
+    ids=["vector", "dict", "float"],
+)
+def test_a_distance_that_is_no_scalar_is_one_line(distance):
+    with pytest.raises(ConfigError, match="distance: a scalar tensor is needed"):
+        students_steps(distance=distance)
+
+
+def test_pairs_without_a_manifest_are_one_line():
+    for manifest in (None, {}, []):
+        pairs = FewPairs()
+        pairs.manifest = manifest
+        with pytest.raises(ConfigError, match="pairs: no manifest"):
+            students_steps(pairs=pairs)
+
+
+def test_a_student_that_does_not_see_its_pairs_labels_is_warned_of():
+    pairs = FewPairs()
+    students_steps(pairs=pairs)
+    pairs.num_classes = 10
+    with pytest.warns(UserWarning, match=r"PairsConfig\(num_classes=0\)"):
+        students_steps(pairs=pairs)
+
+
+def test_named_scalars_have_curves_and_a_short_run_has_one_point():
+    model, cfg = torch.nn.Linear(2, 1), TrainConfig(steps=3, batch_size=2, log_every=50)
+
+    def loss_fn(model, step, share):
+        loss = model(torch.ones(2, 2)[share]).square().mean()
+        return dict(main=loss, more=2 * loss)
+
+    history = train(model, loss_fn, cfg)[1]
+    assert history["step"] == [3] and len(history["main"]) == len(history["more"]) == 1 and "loss" not in history
+    longer = train(model, lambda *a: loss_fn(*a)["main"], TrainConfig(steps=7, batch_size=2, log_every=3))[1]
+    assert longer["step"] == [3, 6] and len(longer["loss"]) == 2

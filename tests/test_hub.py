@@ -19,6 +19,7 @@ from get_nb.lab.files import save_checkpoint, write_json
 from get_nb.lab.publishing import ship
 from get_nb.lab.shipped import model_card, shipped_folder, shipped_names, verify_shipped
 from get_nb.precond import EDMPrecond
+from get_nb.presets import with_options
 
 SHAPE = dict(num_classes=3, image_size=8, channels=1)
 TINY = dict(dim=16, heads=2, depth=1)
@@ -266,3 +267,74 @@ for use in (lambda: get_nb.OneStepPipeline, lambda: model.save_pretrained("x"), 
                           env=dict(os.environ, PYTHONPATH=str(ROOT)))  # fmt: skip
     assert done.returncode == 0 and not list(tmp_path.iterdir()), done.stderr
     assert len(done.stdout.splitlines()) == 3 == done.stdout.count("pip install 'get_nb[diffusers]'")
+
+
+def changed_by_hand(model):
+    with torch.no_grad():
+        next(model.parameters()).add_(0.01)
+    return model
+
+
+def trained_further(model):
+    noise = torch.randn(4, 1, 8, 8)
+    get_nb.save_pairs("pairs", noise, noise.tanh(), torch.arange(4) % 3)
+    pairs = get_nb.PairDataset("pairs")
+    how = get_nb.TrainConfig(steps=1, batch_size=2)
+    return get_nb.distill(model, pairs, get_nb.DistillConfig(n_iter=1), how)[0]
+
+
+@pytest.mark.parametrize(
+    "change", [changed_by_hand, trained_further, lambda model: with_options(model, n_iter=1)], ids=str
+)
+def test_a_model_that_has_changed_does_not_keep_the_metrics_of_the_old_one(change, tmp_path):
+    model = change(get_nb.load_checkpoint("digits-get"))
+    for kind, save in (("model", model), ("pipe", get_nb.OneStepPipeline(model))):
+        save.save_pretrained(tmp_path / kind)
+        card = (tmp_path / kind / "README.md").read_text(encoding="utf-8")
+        assert "Not measured." in card and "- steps: 7" not in card
+    again = get_nb.load_checkpoint(tmp_path / "model")
+    assert again.meta == {} and torch.equal(run(again), run(model))
+    again.meta["data"] = "shells"
+    changed_by_hand(again).save_pretrained(tmp_path / "further")
+    assert "shells" in (tmp_path / "further/README.md").read_text(encoding="utf-8")
+
+
+def test_a_model_that_is_as_it_was_keeps_its_metrics(tmp_path):
+    for model in (get_nb.load_checkpoint("digits-get"), get_nb.load_checkpoint("digits-get").half()):
+        model.save_pretrained(tmp_path / str(next(model.parameters()).dtype))
+    for card in tmp_path.glob("torch*/README.md"):
+        assert "5,000 images" in card.read_text(encoding="utf-8")
+    assert len(list(tmp_path.glob("torch*/README.md"))) == 2
+
+
+def snippet(card):
+    return card.split("```python\n")[1].split("\n```")[0]
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_lines_on_a_card_load_the_model_that_it_describes(name, tmp_path, monkeypatch):
+    model, names = made(name), {}
+    model.save_pretrained("saved")
+    exec(snippet((tmp_path / "saved/README.md").read_text(encoding="utf-8")), names)
+    assert torch.equal(run(names["model"]), run(model))
+    if "teacher" not in name:
+        get_nb.OneStepPipeline(model).save_pretrained("pipe")
+        exec(snippet((tmp_path / "pipe/README.md").read_text(encoding="utf-8")), names)
+        assert torch.equal(run(names["pipe"].model.network), run(model))
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: type("Url", (), dict(repo_id=repo_id)))
+    cards = []
+    keep = lambda self, folder_path, **_: cards.append((folder_path / "README.md").read_text(encoding="utf-8"))  # noqa: E731
+    monkeypatch.setattr(HfApi, "upload_folder", keep)
+    model.push_to_hub("me/tiny")
+    model.save_pretrained("both", push_to_hub=True, repo_id="me/tiny")
+    assert [snippet(card).splitlines()[-1] for card in cards] == [
+        f"model = {type(model).__name__}.from_pretrained('me/tiny')"
+    ] * 2
+
+
+@pytest.mark.parametrize("module, name", [("kd", "OneStep"), ("meanflow", "MeanFlow")])
+def test_a_class_loads_a_model_before_anything_else_is_imported(module, name, tmp_path):
+    code = f"from get_nb.{module} import {name}\nprint(callable({name}.save_pretrained))\n{name}.from_pretrained('nothing')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT)))  # fmt: skip
+    assert done.stdout == "True\n" and "FileError: nothing: no such file" in done.stderr, done.stderr

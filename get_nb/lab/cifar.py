@@ -45,7 +45,12 @@ def data_folder(root=None) -> Path:
         ConfigError: nothing is named and there is no clone
     """
     given = root or os.environ.get("GET_NB_DATA")
-    return Path(given).expanduser() if given else find_root() / "data"
+    try:
+        return Path(given).expanduser() if given else find_root() / "data"
+    except ConfigError:
+        where = "in the folder that GET_NB_DATA names, else in data/ of a get_nb clone, and here is neither"
+        fetch = "name a folder, and fetch a set into it with 'get-nb import cifar10 --download'"
+        raise ConfigError(f"files of data sets are looked for {where}: {fetch}") from None
 
 # %% ../../nbs/lab/06b_cifar.ipynb #2972a20c
 def cifar_batch(path: Path, md5):

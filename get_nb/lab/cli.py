@@ -214,7 +214,7 @@ def _reproduce(profile, root, runs, only_draw, dry_run, cores, go_on, as_json, *
 @click.option("--quick", is_flag=True, help="A few steps of everything: does it run?")
 @_options("root")
 def _new(name, data, size, quick, root):
-    """Look at your own pictures and write a profile for them, NAME.yaml, with reasons and a price.
+    """Look at your own pictures and write a profile for them, NAME.yaml, with reasons and a price; it needs a clone.
 
     \b
     get-nb new birds --data folder:~/pictures/birds --size 28

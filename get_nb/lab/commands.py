@@ -84,7 +84,10 @@ _SAMPLES_HELP = (
     "Number of images; by default 50,000, 10,000 with --features effnet, 5,000 with a classifier. "
     "(Under torchrun write --samples: it takes --n for its own.)"
 )
-_DATA_HELP = "Data set to compare with; by default the one of this image size: digits, fashion-mnist or cifar10."
+_DATA_HELP = (
+    "Data set to compare with: digits, fashion-mnist, cifar10, shapes@SIZE or folder:PATH@SIZE; "
+    "by default the one of this image size."
+)
 _CLASSIFIER_HELP = "Checkpoint of a classifier of the chain as feature network; by default Inception."
 _FEATURES_HELP = "A public feature network: inception, effnet or effnet/SIZE; beside --classifier, a second one."
 
@@ -104,25 +107,34 @@ _FEATURES_HELP = "A public feature network: inception, effnet or effnet/SIZE; be
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--json", "out", type=click.Path(dir_okay=False), help="File for the json; by default stdout.")
 def _evaluate(weights, classifier, features, train_stats, test_stats, out, **how):
-    """FID, KID, IS, precision, recall and cost of weights, against both splits.
+    """FID, KID, IS, precision, recall and cost of weights, against both splits; or of images that are already there.
 
-    WEIGHTS: a shipped name, own (.safetensors), GET's (.pth) or EDM's (.pkl).
+    WEIGHTS: a shipped name, own (.safetensors), GET's (.pth) or EDM's (.pkl); or a folder of pictures, or an .npz file.
     The json goes to stdout or to a file, the table to stderr.
 
     \b
     get-nb evaluate runs/cpu/get/student.safetensors --classifier runs/cpu/classifier/classifier.safetensors
     get-nb evaluate get-b.pth --data cifar10 --json get-b.json
     get-nb evaluate runs/fashion/get/student.safetensors --features effnet
+    get-nb evaluate samples.npz --data folder:birds@28 --features effnet
 
     On 8 GPUs: torchrun --nproc-per-node 8 $(which get-nb) evaluate WEIGHTS --samples 50000
     """
     public = re.fullmatch(r"inception|effnet(/\d+)?", features or "inception")
     require(public, f"--features {features}: inception, effnet or effnet/SIZE; a file goes with --classifier")
     from get_nb.lab.evaluate import evaluate_checkpoint, evaluation_table
+    from get_nb.lab.pictures import evaluate_images, holds_images
 
-    statistics = dict(train=train_stats, test=test_stats)
+    how["statistics"] = dict(train=train_stats, test=test_stats)
     sources = [source for source in (classifier, features) if source] or ["inception"]
-    result = evaluate_checkpoint(weights, sources, statistics=statistics, **how)
+    if holds_images(weights):
+        given = [k for k in ("samples", "unconditional", "steps") if how[k]]
+        require(
+            not given, f"{weights}: these are images, measured as they are: no {', '.join(f'--{k}' for k in given)}"
+        )
+        result = evaluate_images(weights, sources, *(how[k] for k in ("data", "statistics", "device")))
+    else:
+        result = evaluate_checkpoint(weights, sources, **how)
     if result is None:  # another process speaks
         return
     click.echo(evaluation_table(result), err=True)

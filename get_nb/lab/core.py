@@ -101,7 +101,8 @@ def require_model(what: str, model, named: bool = False):
     """
     network = callable(model) and hasattr(model, "state_dict") and hasattr(model, "parameters")
     require(network, f"{what}: a torch module is needed, not a {type(model).__name__}")
-    advice = "make it with create_model, create_teacher or load_checkpoint"
+    own = 'config = dict(name="mine", num_classes=0, image_size=32, channels=3)'
+    advice = f"make it with create_model, create_teacher or load_checkpoint, or give your own its {own}"
     require(not named or hasattr(model, "config"), f"{what}: a {type(model).__name__} without a config; {advice}")
 
 
@@ -241,6 +242,8 @@ def explain(error: ValidationError, known=()) -> str:
     name = ".".join(str(p) for p in e["loc"]) or "value"
     if e["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown key {name!r}{nearest(name, known)}"
+    if e["type"].startswith("missing"):
+        return f"{name}: is missing"
     return f"{name} = {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}"
 
 # %% ../../nbs/lab/00_core.ipynb #fe281da3

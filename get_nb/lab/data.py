@@ -69,7 +69,7 @@ def load_split(name: str, split: str, split_seed: int, n: int = 2000) -> ImageSe
 
     Args:
         name: one of DATASETS
-        split: "train" or "test"
+        split: "train" or "test"; "all" of digits and folders
         split_seed: of the stratified split of digits and files (0: the published one, where there is one); of other
             images for shapes
         n: how many shapes
@@ -82,7 +82,8 @@ def load_split(name: str, split: str, split_seed: int, n: int = 2000) -> ImageSe
         FileError: a file is damaged
     """
     require(isinstance(name, str), f"data set {name!r}: its name is needed{nearest('', DATASETS)}")
-    require(split in ("train", "test"), f"unknown split {split!r}; choose from test, train")
+    splits = ("train", "test", "all") if name.startswith(("digits", "folder:")) else ("train", "test")
+    require(split in splits, f"unknown split {split!r} of {name}; choose from {', '.join(sorted(splits))}")
     if _is_files(name):
         return load_files(name, split, split_seed)
     kind, size = split_size(name)
@@ -100,8 +101,9 @@ def load_data(name: str, split: str = "train", *, n: int = 20_000, size: int = 0
     """A data set by name.
 
     Args:
-        name: one of DATASETS
-        split: "train" or "test"
+        name: "digits", "shapes", "shapes@SIZE", "fashion-mnist", "cifar10", "folder:PATH" or "folder:PATH@SIZE"; the
+            folder has a sub-folder of pictures per class; they are resampled to SIZE pixels per side
+        split: "train" or "test"; of digits and folders 80% and 20% of each class, and "all" is both
         n: how many shapes
         size: pixels per side of shapes and folders; 0: what the name says, else the set's own (16 for shapes)
 

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['before_saving', 'make_folder', 'atomic_path', 'write_json', 'sha256_file', 'save_tensors', 'refuse_pointer',
-           'load_tensors', 'part_of', 'optimizer_tensors', 'restore_optimizer', 'save_checkpoint', 'read_checkpoint',
-           'check_fit', 'fit_weights']
+           'load_tensors', 'part_of', 'optimizer_tensors', 'restore_optimizer', 'save_checkpoint', 'model_digest',
+           'read_checkpoint', 'check_fit', 'fit_weights', 'OnHub']
 
 # %% ../../nbs/lab/03_files.ipynb #4a21c8f2
 import hashlib
 import json
 import os
+import sys
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+import get_nb
 from .core import FileError, UnreadableFileError, is_main, require, require_model
 
 # %% ../../nbs/lab/03_files.ipynb #782fb731
@@ -169,6 +171,7 @@ def refuse_pointer(path):
     require(not pointer, f"{path}: stands for a file that Git LFS has not fetched: git lfs pull", FileError)
 
 
+_READERS = {".pkl": "load_edm_pickle", ".pth": "load_reference_get", ".pt": "load_reference_get"}
 _ADVICE = "restore it or make it again"
 
 
@@ -184,7 +187,9 @@ def _read_safetensors(path) -> tuple:
             meta = (f.metadata() or {}).get("get_nb")
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
-        raise FileError(f"{path}: not a whole safetensors file ({str(e)[:200]})") from None
+        reader = _READERS.get(Path(path).suffix)
+        other = f"; {reader} reads a released one" if reader else ""
+        raise FileError(f"{path}: not a whole safetensors file ({str(e)[:200]}){other}") from None
     require(meta is not None, f"{path}: a safetensors file, but not one of ours: its header lacks 'get_nb'", FileError)
     return tensors, meta
 
@@ -275,6 +280,8 @@ def save_checkpoint(path, model, **meta):
         the digest, or None on all processes but the main one
 
     Raises:
+        ConfigError: no module with a `.config`
+        FileError: json cannot express meta, or path is a folder
         OSError: the file cannot be written
         ConfigError: a model without values, or one that its configuration does not build: no file could bring it back
     """
@@ -287,6 +294,19 @@ def save_checkpoint(path, model, **meta):
     for check in before_saving:
         check(model.config, tensors)
     return save_tensors(path, tensors, dict(kind="checkpoint", schema=1, config=model.config, meta=meta))
+
+
+def model_digest(model) -> str:
+    """Digest of a model's numbers and options, in whatever precision it holds them.
+
+    Args:
+        model: nn.Module with `.config`
+
+    Returns:
+        sha256 in hexadecimal: another one once a weight or an option has changed
+    """
+    tensors = {k: v.float() for k, v in model.state_dict().items()}
+    return _tensors_digest(tensors, json.dumps(model.config, sort_keys=True))
 
 # %% ../../nbs/lab/03_files.ipynb #95c68368
 def read_checkpoint(path):
@@ -349,3 +369,49 @@ def fit_weights(model, tensors: dict, path):
         require(numbers, f"{path}: {k[:80]} holds NaN or infinity: no weights of a model that works", FileError)
     model.load_state_dict(tensors)
     return model
+
+# %% ../../nbs/lab/03_files.ipynb #1d5e8ba2
+def _hub():
+    "Lab room checkpoints, which stands above all models and knows what to do; it is loaded when it is needed."
+    return sys.modules[get_nb.load_checkpoint.__module__]
+
+
+class OnHub:
+    "Gives a model the methods of a model hub: get_nb.lab.checkpoints has what they do and what they raise."
+
+    def save_pretrained(self, folder, **options):
+        """Write a folder as a model hub has it: model.safetensors, config.json and a card, README.md.
+
+        Args:
+            folder: to write; made if absent. A card that is there is kept
+            **options: of huggingface_hub's mixin, such as push_to_hub=True and repo_id
+
+        Returns:
+            None, or what a push returns
+        """
+        return _hub().save_pretrained(self, folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options):
+        """Upload the model to the Hugging Face hub.
+
+        Args:
+            repo_id: "owner/name"
+            **options: of huggingface_hub's mixin, such as private=True and token
+
+        Returns:
+            url of the commit
+        """
+        return _hub().push_to_hub(self, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, name, **options):
+        """A model from a folder, a shipped name, or the Hugging Face hub; no code of the hub is run.
+
+        Args:
+            name: a folder of `save_pretrained`, a shipped name, or "owner/name" on the hub
+            **options: of huggingface_hub's mixin, such as revision, token and local_files_only
+
+        Returns:
+            nn.Module in eval mode, an instance of this class
+        """
+        return _hub().from_pretrained(cls, name, **options)

@@ -161,7 +161,8 @@ def generate_pairs(denoiser, folder, cfg: PairsConfig) -> dict:
     """Generate all pairs of a recipe, together with other workers on the same folder; an interrupted run is resumed.
 
     Args:
-        denoiser: teacher D(x; sigma, labels), eval mode
+        denoiser: teacher, a module in eval mode: D(x, sigma, labels) -> estimate of the clean image, of x float32
+            (B, C, H, W), sigma float32 of no dimension, labels int64 (B,) or None; its own `num_classes` is a limit
         folder: of the shards; one that all workers see
         cfg: the recipe
 

@@ -14,7 +14,7 @@ from ..get import GET
 from .checkpoints import build_described, load_checkpoint
 from .core import ConfigError, FileError, require, require_model, require_whole, unwrapped
 from .files import atomic_path
-from .shipped import model_card
+from .shipped import model_card, notes_of
 
 try:
     from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, ModelMixin
@@ -116,8 +116,10 @@ def _drawn(classes: int, size: int, generator):
     return torch.randint(classes, (size,), generator=generator, device=device)
 
 
-def _labels(class_labels, batch_size, classes: int, generator):
+def _labels(class_labels, batch_size, latents, classes: int, generator):
     "Batch size, and a class for each image: those given, or drawn."
+    if batch_size is None and torch.is_tensor(latents) and latents.ndim:
+        batch_size = len(latents)
     if class_labels is None:
         size = 1 if batch_size is None else batch_size
         require_whole("batch_size", size)
@@ -175,7 +177,7 @@ class OneStepPipeline(DiffusionPipeline):
         """Generate images: `pipe(class_labels=[3, 7]).images[0]`.
 
         Args:
-            batch_size: number of images; None: as many as labels, else 1
+            batch_size: number of images; None: as many as latents, else as labels, else 1
             class_labels: whole number for all images, or one for each; None: drawn, where the model takes classes
             generator: torch.Generator, or a list of them, one for each image
             num_inference_steps: iterations of a GET; None: its preset
@@ -191,7 +193,7 @@ class OneStepPipeline(DiffusionPipeline):
         """
         network, device, c = self.model.network, self._execution_device, self.model.network.config
         require(output_type in ("pil", "np", "pt"), f"output_type {output_type!r}; choose from pil, np, pt")
-        size, labels = _labels(class_labels, batch_size, c["num_classes"], generator)
+        size, labels = _labels(class_labels, batch_size, latents, c["num_classes"], generator)
         shape = (size, c["channels"], c["image_size"], c["image_size"])
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=self.model.dtype)
@@ -250,5 +252,6 @@ class OneStepPipeline(DiffusionPipeline):
             tmp.write_text(_PIPELINE_FILE, encoding="utf-8")
         if not card.exists():
             network = self.model.network
-            card.write_text(model_card(network.config, getattr(network, "meta", {})), encoding="utf-8")
+            load = f"import get_nb\n\npipe = get_nb.OneStepPipeline.from_pretrained({str(save_directory)!r})"
+            card.write_text(model_card(network.config, notes_of(network), load=load), encoding="utf-8")
         super().save_pretrained(save_directory, **options)

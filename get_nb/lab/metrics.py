@@ -25,7 +25,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
-from .classifier import load_classifier
+from .classifier import CLASSIFIERS, load_classifier
 from .core import ConfigError, FileError, autocast, usual_tensors, require, rng
 from .effnet import EffnetFeatures, effnet_distance, effnet_size, is_effnet
 from .files import atomic_path, sha256_file
@@ -247,6 +247,8 @@ def load_features(source="inception", device="cpu", path=None, sha256: str | Non
     """
     names = "'inception', 'effnet', or the path of a classifier"
     require(isinstance(source, str | PathLike), f"features of {source!r}: {names}")
+    lost = f"{source}: no such file; features are {names}; {CLASSIFIERS}"
+    require(source == "inception" or is_effnet(source) or Path(source).exists(), lost, FileError)
     if is_effnet(source):
         size = effnet_size(source)
         extractor = EffnetFeatures("effnet", _layers_of(EffnetFeatures), path, size=size, sha256=sha256)
@@ -279,6 +281,12 @@ def fd_std(features, statistics: dict, draws: int = 20) -> float:
     return float(np.std(distances, ddof=1))
 
 # %% ../../nbs/lab/14_metrics.ipynb #0cf6647c
+def _images_of(given):
+    "The images of a set, as a tensor; a tensor, or what is no set, as it is."
+    given = getattr(given, "images", given)
+    return torch.from_numpy(given) if isinstance(given, np.ndarray) else given
+
+
 _FEWEST = 4  # images of a set that has precision and recall: a third-nearest neighbour in each
 DISTANCES = 5 * 10**7  # held at a time by precision and recall: 0.2 GB, and five times that while they are sorted
 
@@ -308,8 +316,8 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
     """Distribution metrics between two sets of images.
 
     Args:
-        generated: uint8 (N, C, H, W), or what the network made of them
-        reference: uint8 (M, C, H, W), or a dict of mu and sigma
+        generated: an ImageSet; or uint8 (N, C, H, W), tensor or array; or what the network made of them
+        reference: an ImageSet; or uint8 (M, C, H, W), tensor or array; or a dict of mu and sigma
         network: in whose features the sets are compared
         only_fd: leave out the slower ones
 
@@ -322,6 +330,7 @@ def compare(generated, reference, network: FeatureNetwork, only_fd: bool = False
             statistics are of another network's features
     """
     require(hasattr(network, "reference"), "network: a FeatureNetwork is needed, as load_features makes it")
+    generated, reference = _images_of(generated), _images_of(reference)
     for what, given, needed in (("generated", generated, {"features"}), ("reference", reference, {"mu", "sigma"})):
         if isinstance(given, dict):
             require(needed <= given.keys(), f"{what}: its dict needs {' and '.join(sorted(needed))}")
@@ -379,8 +388,7 @@ def _whole(half, d: int):
 
 def _no_covariance(sigma) -> str:
     "Why a matrix (d, d) is no covariance; '' if it is one, up to the rounding of float32."
-    symmetric = np.allclose(sigma, sigma.T, atol=1e-6 * abs(sigma).max())
-    if not symmetric or (sigma.diagonal() < 0).any():
+    if not np.allclose(sigma, sigma.T, atol=1e-6 * abs(sigma).max()) or (sigma.diagonal() < 0).any():
         return "not symmetric, or a negative variance"
     variances = np.linalg.eigvalsh(sigma)
     return "" if variances[0] >= -1e-4 * variances[-1] else f"{variances[0]:.3g} is the variance along one direction"
@@ -411,8 +419,7 @@ def load_statistics(path) -> dict:
         raise FileError(f"{path}: mu has shape {mu.shape} and sigma {sigma.shape}; should be (d,) and (d, d)")
     finite = np.isfinite(mu).all() and np.isfinite(sigma).all()
     require(finite, f"{path}: contains values that are not numbers (NaN or infinity)", FileError)
-    fault = _no_covariance(sigma)
-    require(not fault, f"{path}: sigma is not a covariance: {fault}", FileError)
+    require(not (fault := _no_covariance(sigma)), f"{path}: sigma is not a covariance: {fault}", FileError)
     if said is None:
         return s
     require(isinstance(said, dict), f"{path}: what it says about itself is not a description", FileError)

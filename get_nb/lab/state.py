@@ -321,13 +321,16 @@ def save_state(run: Run):
         old.unlink(missing_ok=True)
 
 # %% ../../nbs/lab/11_state.ipynb #b7929079
+_NEWER = {"distance"}  # parts of an identity that older checkpoints do not hold
+
+
 def _check_same_run(path: Path, was: dict, what: dict):
-    "Refuse a checkpoint of another run; a field that is newer than the checkpoint had its default."
-    said, was = was, asdict(TrainConfig(steps=1)) | was
+    "Refuse a checkpoint of another run; a field that is newer than the checkpoint had its default, or is not known."
+    said, was = was, {k: what[k] for k in _NEWER & what.keys()} | asdict(TrainConfig(steps=1)) | was
     differs = [k for k in [*what, *(said.keys() - what.keys())] if was.get(k) != what.get(k)]
     if differs:
-        k = differs[0]
-        raise FileError(f"{path}: made with {k} = {was.get(k)!r}, now {what.get(k)!r}; delete it to start again")
+        k, again = differs[0], f"to start again, delete the folder {path.parent} or name another one"
+        raise FileError(f"{path}: made with {k} = {was.get(k)!r}, now {what.get(k)!r}; {again}")
 
 
 def find_state(folder, what: dict):

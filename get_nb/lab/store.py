@@ -54,13 +54,15 @@ def _arrays(folder, noise, image, labels) -> tuple:
         require(kind in "fiub", f"{folder}: {name} must hold numbers, not {describe(value)}", FileError)
     noise, image = _as_tensor(noise), _as_tensor(image)
     floating = noise.ndim and noise.is_floating_point() and image.is_floating_point()
-    advice = "image around [-1, 1], as to_float makes it of bytes"
+    advice = "image around [-1, 1], as get_nb.lab.images.to_float makes it of bytes"
     given = f"{describe(noise)} and {describe(image)}"
     require(floating, f"{folder}: noise and image must be floating-point, {advice}, not {given}", FileError)
     label = torch.full((len(noise),), -1, device="cpu") if labels is None else _as_tensor(labels)
     fits = len(noise) and noise.ndim == 4 and noise.shape == image.shape and label.shape == noise.shape[:1]
     shapes = f"noise {tuple(noise.shape)}, image {tuple(image.shape)}, labels {tuple(label.shape)}"
     require(fits, f"{folder}: pairs need noise and image (N, C, H, W) and labels (N,), not {shapes}", FileError)
+    reach = image.abs().nan_to_num(0.0, posinf=0.0).max()  # what is not finite is said later
+    require(reach <= 10, f"{folder}: image reaches {reach:.4g}, and pairs need {advice}", FileError)
     whole = not label.is_floating_point() and label.dtype != torch.bool
     require(whole, f"{folder}: labels must be whole numbers, not {label.dtype}", FileError)
     return noise.float(), image if image.dtype == torch.float64 else image.float(), label.long()
@@ -72,7 +74,7 @@ def save_pairs(folder, noise, image, labels=None, **recipe) -> dict:
     Args:
         folder: a folder that does not exist, or is empty
         noise: float (N, C, H, W), unit Gaussian; stored as float32
-        image: of the same shape; stored as float32, or float64 if it is float64
+        image: of the same shape, around [-1, 1]; stored as float32, or float64 if it is float64
         labels: int64 (N,) or None
         **recipe: what the manifest says about their origin, e.g. teacher="name"; three keys have a meaning:
             num_classes (default: largest label + 1), shard_size (pairs per file, default 2000), and
@@ -84,7 +86,7 @@ def save_pairs(folder, noise, image, labels=None, **recipe) -> dict:
 
     Raises:
         FileError: the folder is not empty, the arrays do not fit together, a value is NaN or infinite, noise or image
-            is not floating-point, or a label is out of range
+            is not floating-point, an image is beyond [-10, 10] (bytes, not scaled), or a label is out of range
         ConfigError: num_classes or shard_size is not a whole number, or n or shape is not that of the arrays
     """
     folder, noise, image, label = Path(folder).expanduser(), *_arrays(folder, noise, image, labels)

@@ -216,7 +216,8 @@ def _settle(run: Run, pending: list):
             said = ", ".join([f"{k} {v}" for k, v in scalars.items()] + [f"gradient norm {n}" for n in norms])
             return step, said
         run.window.append(scalars)
-        if len(run.window) >= run.cfg.log_every:  # more, where a resumed run has a shorter window than before
+        short = step + 1 == run.cfg.steps and not run.curve["step"]  # such a run has one point, at its end
+        if len(run.window) >= run.cfg.log_every or short:  # more, where a resumed run has a shorter window
             for k, v in dict(step=step + 1, **window_means(run.window)).items():
                 run.curve.setdefault(k, []).append(v)
             run.window.clear()
@@ -398,30 +399,35 @@ def train(
     watch=None,
     formulation=None,
 ):
-    """Train one network on one loss; the other arguments are those of `train_method`.
+    """Train one network on one loss.
 
     Args:
         model: nn.Module; trained in place
         loss_fn: (model, step, share) -> scalar, mean over the share's images, or {name: scalar}, of which the first is
-            descended and each has a curve; what it draws depends on the step alone
+            descended and each has a curve; what it draws depends on the step alone; share is the slice of the step's
+            batch that it is asked for, all of it on one process that does not accumulate
         cfg: how
         state_dir: folder of the checkpoints; None: keep none
-        identity: what else makes the run what it is
+        identity: what else makes the run what it is, such as data and loss, as json can hold it
         desc: name of the run
         watch: (run) -> {name: number} or None, called at each point of the curve
-        formulation: what computes the loss, as in `train_method`
+        formulation: what computes the loss and chooses how, as `Fast` does: a resumed run computes as it began
 
     Returns:
-        ema model (eval mode), history {step, loss, watch, seconds, resumed_at, skipped, averages}
+        ema model (eval mode), history {step, loss (or named scalars), watch, seconds, resumed_at, skipped, averages};
+        a point of a curve is the mean over cfg.log_every steps, or over all where there are fewer
 
     Raises:
-        TrainingError, FileError, ConfigError, Stopped: as train_method
+        TrainingError: a loss was bad (Diverged), a checkpoint could not be written, or another process failed
+        FileError: the checkpoint in state_dir is of another run
+        ConfigError: the batch cannot be divided, or steps are to be skipped without a state_dir
+        Stopped: SIGTERM came, and a checkpoint was written
     """
     require_model("model", model)
     require_callable(loss_fn=loss_fn)
     require_config(cfg, TrainConfig)
     how = dict(desc=desc, watch=watch, formulation=formulation)
     run = train_method(Supervised(model, loss_fn, cfg), cfg, state_dir, identity, **how)
-    history = dict(loss=[]) | run.curve
+    history = run.curve if len(run.curve) > 2 else dict(loss=[]) | run.curve
     history |= dict(seconds=run.seconds, resumed_at=run.resumed, skipped=run.skipped, averages=run.emas)
     return run.ema, history
