@@ -111,7 +111,8 @@ def _generate_missing(denoiser, folder: Path, cfg: PairsConfig, bar):
     "One round over the shards: generate those that are neither there nor claimed. Workers begin at different places."
     seeds = shard_seeds(cfg)
     names = list(seeds)
-    start = int(os.environ.get("RANK", 0)) * len(names) // int(os.environ.get("WORLD_SIZE", 1))
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    start = int(os.environ.get("RANK") or 0) % processes * len(names) // processes
     for name in names[start:] + names[:start]:
         path = folder / name
         if path.is_file():
