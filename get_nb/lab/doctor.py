@@ -156,7 +156,8 @@ def examine(root=None) -> list:
         list of Finding
     """
     try:
-        clone = [*_data(), *_clone(find_root(root))]
+        found = _clone(find_root(root))
+        clone = [*_data(), *found]
     except ConfigError as e:
         clone = [Finding(False, f"clone: {e}", required=True)]
     return [*_machine(), *_packages(), *clone, *_weights(), *_choices()]
