@@ -11,6 +11,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import nn
 
 from .lab.core import config, require, require_whole
+from .lab.files import OnHub
 from .lab.images import check_labels, check_tensor
 from .layers import Block, FinalLayer, LabelEmbed, PatchEmbed, init_transformer, sincos_2d, unpatchify
 
@@ -65,7 +66,7 @@ for _patch in (2, 4, 8):
     RELEASED_SIZES[f"ViT-XL/{_patch}"] = TransformerConfig(dim=1152, heads=16, depth=28, patch=_patch)
 
 # %% ../nbs/21_get.ipynb #f2897fe4
-class ViT(nn.Module):
+class ViT(OnHub, nn.Module):
     """Noise to image by a plain transformer, under the released parameter names [locuslab/get, models/vit.py].
 
     Args:

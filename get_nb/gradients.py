@@ -49,7 +49,7 @@ def unroll(f, z0, n_iter: int, supervise=None) -> list:
         f: the map, (B, ...) to (B, ...), or a list of n_iter maps
         z0: start (B, ...); or a tuple of starts, then f takes and returns as many states
         n_iter: iterations, at least 1
-        supervise: as in `supervised`
+        supervise: which iterations (1 is the first, -1 the last); None or empty: all, as released
 
     Returns:
         the states after those iterations, with gradient
@@ -287,7 +287,7 @@ def unroll_constant(f, z0, n_iter: int, supervise=None, read=None, tensors=(), s
         f: the map, (B, ...) to (B, ...), or a list of n_iter maps
         z0: start (B, ...); or a tuple of starts, then f takes and returns as many states
         n_iter: iterations, at least 1
-        supervise: as in `supervised`
+        supervise: which iterations (1 is the first, -1 the last); None or empty: all, as released
         read: function of a state whose result, one tensor, is returned in its place, such as decoding; None: the state
             itself
         tensors: every tensor that f and read use and that wants a gradient (None among them is left out)

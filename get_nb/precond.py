@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .lab.core import ConfigError, require, send
+from .lab.files import OnHub
 from .lab.images import check_labels, readable
 
 # %% ../nbs/10_precond.ipynb #6357900d
@@ -176,7 +177,7 @@ def class_vectors(labels, num_classes: int, batch: int, device):
     return F.embedding(labels + 1, table)
 
 # %% ../nbs/10_precond.ipynb #eb0584bd
-class EDMPrecond(nn.Module):
+class EDMPrecond(OnHub, nn.Module):
     """A network F made into a denoiser D(x; sigma): EDM, eq. 7. Released state dicts fit `model.*`.
 
     Args:

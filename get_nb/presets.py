@@ -69,7 +69,7 @@ def with_options(model: EquilibriumGET, **changes):
     """The same model, sampled otherwise.
 
     Args:
-        model: a GET made by `build_model`
+        model: a GET made by `build_model` (or create_model, load_checkpoint); room 21's own GET has no options
         **changes: fields of EquilibriumConfig that do not change its weights
 
     Returns:
@@ -78,6 +78,8 @@ def with_options(model: EquilibriumGET, **changes):
     Raises:
         ConfigError: a field that decides the weights, one that has no effect, an unknown one, or a value out of range
     """
+    made = isinstance(model, EquilibriumGET) and hasattr(model, "config")
+    require(made, f"model: a GET as create_model makes it is needed, not a {type(model).__name__}")
     where = model.config["name"]
     for name in changes:
         require(name not in _BUILT, f"{name} decides the weights of {where}: make a new model with build_model")

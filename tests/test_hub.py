@@ -332,7 +332,9 @@ def test_the_lines_on_a_card_load_the_model_that_it_describes(name, tmp_path, mo
     ] * 2
 
 
-@pytest.mark.parametrize("module, name", [("kd", "OneStep"), ("meanflow", "MeanFlow")])
+@pytest.mark.parametrize(
+    "module, name", [("kd", "OneStep"), ("meanflow", "MeanFlow"), ("get", "GET"), ("precond", "EDMPrecond")]
+)
 def test_a_class_loads_a_model_before_anything_else_is_imported(module, name, tmp_path):
     code = f"from get_nb.{module} import {name}\nprint(callable({name}.save_pretrained))\n{name}.from_pretrained('nothing')"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,

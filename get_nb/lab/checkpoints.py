@@ -18,7 +18,6 @@ import torch
 from ..kd import create_one_step
 from ..meanflow import create_meanflow
 from .classifier import create_classifier
-from ..get import ViT
 from .core import ConfigError, FileError, UnsafeFileError, usual_tensors, nearest, require
 from .diffusers import create_diffusers_teacher
 from get_nb.lab.files import (
@@ -31,7 +30,6 @@ from get_nb.lab.files import (
     write_json,
 )
 from .shipped import MODEL_FILE, find_checkpoint, model_card, notes_of, shipped_names
-from ..precond import EDMPrecond
 from ..presets import MODELS, build_model
 from ..teachers import TEACHERS, build_teacher
 
@@ -326,8 +324,3 @@ def from_pretrained(cls, name, **options):
         raise FileError(f"{name}: cannot be fetched: {' '.join(str(e).split())[:200]}") from None
     require(isinstance(model, cls), f"{name}: holds a {type(model).__name__}, which is no {cls.__name__}")
     return model
-
-
-for _class in (ViT, EDMPrecond):
-    _class.save_pretrained, _class.push_to_hub = save_pretrained, push_to_hub
-    _class.from_pretrained = classmethod(from_pretrained)
