@@ -21,8 +21,7 @@ from .pipeline import StageError, run_profile
 from .profiles import load_profile, select_stages
 from .publishing import compare_tables, publish_profile, publish_redrawn, redraw
 from .stages import profile_runs, read_manifest, read_stamp, why_run
-from .surroundings import Terminated, catch_termination, find_home, release_termination
-from .surroundings import soften_streams, stdout_fails
+from .surroundings import Terminated, catch_termination, find_home, release_termination, soften_streams
 
 # %% ../../nbs/lab/48_cli.ipynb #03a30450
 @click.group(cls=Commands, context_settings=dict(help_option_names=["-h", "--help"]))
@@ -74,8 +73,7 @@ def main(args=None):
     except StageError as e:
         _fail(1, e)
     except OSError as e:
-        what = e.filename or ("standard output" if stdout_fails() else "a file, which the system does not name")
-        _fail(2, f"{what}: {e.strerror or e}")
+        _fail(2, f"{e.filename or 'standard output'}: {e.strerror or e}")
     finally:  # who calls this from Python gets the process back as it was
         release_termination(before)
         os.environ.pop("GET_NB_ROOT", None)
