@@ -44,7 +44,7 @@ def desk(tmp_path_factory):
     for split in ("videos/train/a", "videos/train/b"):
         (folder / split).mkdir(parents=True)
         (folder / split / "clip.mp4").write_bytes(b"\0\0\0 ftypisom")
-    (folder / "mine.yml").write_text("stages: {teacher: }", encoding="utf-8")
+    (folder / "mine.txt").write_text("stages: {teacher: }", encoding="utf-8")
     return folder
 
 
@@ -95,7 +95,7 @@ WRONG = {
     "pairs verify nowhere": "nowhere",
     "pairs merge all nowhere": "nowhere",
     "stages --profile cpuu --root {root}": "did you mean 'cpu'",
-    "stages --profile mine.yml --root {root}": "mine.yml",
+    "stages --profile mine.txt --root {root}": "mine.txt",
     "stages --root empty": "no get_nb clone",
     "stages": "change into one, or name it with --root",
     "reproduce --json --root {root}": "--json goes with --dry-run",

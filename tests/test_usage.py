@@ -83,7 +83,7 @@ def test_a_price_says_what_does_not_fit():
     "text, hint",
     [
         ("stages: {a: 5}", "stages.a = 5"),
-        ("stages: {1: {}}", "stages.1"),
+        ("stages: {1: {}}", "as 1, which is no text"),
         ("stages: {}", "at least 1"),
         ("stages: {teacher: {each: 5}}", "each = 5"),
         ("stages: {teacher: {each: {a: []}}}", "each.a"),

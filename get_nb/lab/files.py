@@ -64,6 +64,10 @@ def atomic_path(path):
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except OSError as e:
+        if e.errno and e.filename in (None, str(tmp)):
+            e.filename = str(path)  # a full disk names no file
+        raise
     finally:
         tmp.unlink(missing_ok=True)
 
