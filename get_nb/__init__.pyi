@@ -1,7 +1,6 @@
 from .distillation import DistillConfig as DistillConfig, distill as distill
 from .evaluation import EvalConfig as EvalConfig, evaluate as evaluate
-from .fixed_point import SolverStats as SolverStats, fixed_point_iter as fixed_point_iter
-from .get import GET as GET, ViT as ViT
+from .fixed_point import fixed_point_iter as fixed_point_iter
 from .gradients import equilibrium as equilibrium, unroll as unroll, unroll_constant as unroll_constant
 from .jacobian import jacobian_penalty as jacobian_penalty, spectral_radius as spectral_radius
 from .lab.checkpoints import create_model as create_model, create_teacher as create_teacher

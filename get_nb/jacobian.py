@@ -10,7 +10,7 @@ __all__ = ['VIEWS', 'normalize_state', 'subtract_mean', 'state_residuals', 'spec
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .fixed_point import takes_tuples
+from .fixed_point import apply_map, check_start, takes_tuples
 from .lab.core import require_whole, send, torch_rng
 
 # %% ../nbs/24_jacobian.ipynb #fc75b508
@@ -77,15 +77,16 @@ def spectral_radius(f, z, n_iter: int = 40, project=None, seed: int = 0):
         (B,), estimate of the largest |eigenvalue| of each image's Jacobian
 
     Raises:
-        ConfigError: n_iter is no whole number above 0
+        ConfigError: n_iter is no whole number above 0, z is no state, or f returns none
     """
     require_whole("n_iter", n_iter)
+    check_start(z)
     project = project or (lambda v: v)
     tiny, column = torch.finfo(z.dtype).tiny, (-1,) + (1,) * (z.ndim - 1)
     v, growth = torch.randn(z.shape, generator=torch_rng("power", seed), dtype=z.dtype, device="cpu").to(z.device), []
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        fz = f(z)
+        fz = apply_map(f, z)
         for _ in range(n_iter):
             v = v / v.flatten(1).norm(dim=1).view(column).clamp(min=tiny)  # 0 where J or a power of it vanishes
             v = project(torch.autograd.grad(fz, z, project(v), retain_graph=True)[0])
@@ -107,13 +108,14 @@ def jacobian_penalty(f, z, probes: int = 1, seed: int = None):
         scalar, differentiable: ||J||_F^2 over the size of the state, mean over images
 
     Raises:
-        ConfigError: probes is no whole number above 0
+        ConfigError: probes is no whole number above 0, z is no state, or f returns none
     """
     require_whole("probes", probes)
+    check_start(z)
     generator = None if seed is None else torch_rng("jacobian", seed)
     with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():  # fused attention cannot be differentiated twice
         z, total = z.detach().requires_grad_(), 0.0
-        fz = f(z)
+        fz = apply_map(f, z)
         for _ in range(probes):
             v = send(torch.randn(z.shape, generator=generator, dtype=z.dtype, device="cpu"), z.device)
             (vJ,) = torch.autograd.grad(fz, z, v, create_graph=True)

@@ -22,7 +22,6 @@ z_star, stats = get_nb.solve(f, z0, solver="anderson", max_iter=20, tol=1e-6)
 z_star, stats = get_nb.anderson(f, z0, max_iter=20, window=5)
 z_star, stats = get_nb.broyden(f, z0, max_iter=20, window=5)
 z_star, stats = get_nb.fixed_point_iter(f, z0, max_iter=20)
-kinds = [get_nb.SolverStats, get_nb.GET, get_nb.ViT]
 z_star, stats = get_nb.equilibrium(f, z0, gradient="implicit", solver="anderson", max_iter=20)
 penalty, radius = get_nb.jacobian_penalty(f, z0), get_nb.spectral_radius(f, z0)
 states = [get_nb.unroll(f, z0, n_iter=6)[-1], get_nb.unroll_constant(f, z0, n_iter=6)[-1]]

@@ -189,7 +189,7 @@ def test_colour_is_for_terminals_and_for_those_who_want_it(terminal, no_color, p
 
 
 def test_a_log_gets_a_line_per_stage_now_and_then(tmp_path, monkeypatch, capsys):
-    def slow(stage, key, root, runs, again):
+    def slow(stage, key, root, runs, *_, **__):
         (runs / stage.name).mkdir()
         state = dict(n=300, total=2200, rate=10.0, desc="teacher", note="loss=0.52")
         (runs / stage.name / "progress.json").write_text(json.dumps(state), encoding="utf-8")

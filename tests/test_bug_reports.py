@@ -266,7 +266,7 @@ def test_tied_weights_are_saved_and_come_back_tied(tmp_path):
         def __init__(self):
             super().__init__()
             self.a, self.b = torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False)
-            self.b.weight, self.config = self.a.weight, dict(builder="model")
+            self.b.weight, self.config = self.a.weight, dict(builder="tied")
 
         def forward(self, x):
             return self.b(self.a(x))

@@ -160,13 +160,13 @@ def test_an_error_without_text_in_one_of_several_processes_is_named_by_its_kind(
     def fail(*_):
         raise NotImplementedError
 
-    several = SimpleNamespace(world=2, rank=1)
+    several, method = SimpleNamespace(world=2, rank=1), SimpleNamespace(networks=dict(model=torch.nn.Linear(1, 1)))
     run = SimpleNamespace(model=None, processes=several, step=3, folder=None, formulation=None)
     monkeypatch.setattr("get_nb.lab.train.start_run", lambda *_: run)
     monkeypatch.setattr("get_nb.lab.train.load_state", lambda _: False)
     monkeypatch.setattr("get_nb.lab.train._loop", fail)
     with pytest.raises(TrainingError, match=r"process 1 failed after step 3.*\(NotImplementedError\)"):
-        train_method(None, TrainConfig(steps=5), desc="toy")
+        train_method(method, TrainConfig(steps=5), desc="toy")
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_all_damaged_means_from_the_start(alone, tmp_path, capsys):

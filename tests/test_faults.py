@@ -132,4 +132,4 @@ def test_a_full_disk_that_names_no_file_is_said_in_words(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         launch.launch_main(["student.ipynb"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith(": a file, which the system does not name: No space left on device\n")
+    assert capsys.readouterr().err.endswith("standard output: No space left on device\n")

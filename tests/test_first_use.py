@@ -12,7 +12,7 @@ from torch import nn
 
 import get_nb
 from conftest import ROOT
-from get_nb.get import RELEASED_SIZES, ViT
+from get_nb.get import GET, RELEASED_SIZES, ViT
 from get_nb.lab.classifier import create_classifier
 from get_nb.lab.core import ConfigError, FileError
 from get_nb.lab.data import load_data
@@ -144,13 +144,13 @@ def test_every_name_of_a_model_is_listed_and_makes_one():
         assert any(name in made for made in map(get_nb.list_models, ("model", "teacher", "trained"))), (name, makers)
     with pytest.raises(ConfigError):
         get_nb.list_models("student")
-    code = "import sys, get_nb; get_nb.ViT, get_nb.list_models; print('diffusers' in sys.modules)"
+    code = "import sys, get_nb; get_nb.create_model, get_nb.list_models; print('diffusers' in sys.modules)"
     env = dict(os.environ, PYTHONPATH=str(ROOT))
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout == "False\n"
 
 
 def test_options_of_what_has_none_are_one_line():
-    for model in (get_nb.GET(RELEASED_SIZES["GET-T/2"], 0, 8, 1), get_nb.create_model("ViT-digits/2", **SHAPE)):
+    for model in (GET(RELEASED_SIZES["GET-T/2"], 0, 8, 1), get_nb.create_model("ViT-digits/2", **SHAPE)):
         with pytest.raises(ConfigError) as e:
             get_nb.with_options(model, n_iter=2)
         one_line(e, "a GET as create_model makes it is needed")

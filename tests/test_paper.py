@@ -149,7 +149,8 @@ def test_a_dry_run_prices_every_stage_that_computes(tmp_path):
     assert rows["get_B"][0] == "102,400,000" and float(rows["get_B"][1].replace(",", "")) == pytest.approx(
         102.4 * 487, rel=0.01
     )
-    assert float(rows["evaluate_get_B"][1]) == pytest.approx(50_000 * 2 * 81.2e9 / 1e15, rel=0.01)
+    inception = 5.7e9  # multiply-adds per image at 299 pixels
+    assert float(rows["evaluate_get_B"][1]) == pytest.approx(50_000 * 2 * (81.2e9 + inception) / 1e15, rel=0.01)
     assert not (tmp_path / "runs").exists() and len(rows) > 25
 
 

@@ -245,7 +245,9 @@ DRAWING = [p for p in sorted(PAPER.glob("*.ipynb")) if "rows" in declared_parame
 
 @pytest.mark.parametrize("path", DRAWING, ids=lambda p: p.stem)
 def test_a_page_that_draws_reads_no_records_but_those_of_its_rows(path):
-    others = declared_parameters(path).keys() - WIRING - {"features"}  # which distances of a record, not which record
+    others = (
+        declared_parameters(path).keys() - WIRING - {"features", "clothes"}
+    )  # which distances; what another profile has published
     calls = [n for cell in code_cells(path) for n in ast.walk(ast.parse(cell)) if isinstance(n, ast.Call)]
     opened = [n for n in calls if ast.unparse(n.func) in ("read_record", "read_rows")]
     assert opened
