@@ -1,6 +1,7 @@
 """CONTRIBUTING.md, followed to the letter: each recipe's text is taken from the page and does what the page says."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from PIL import Image
 
 import get_nb
@@ -17,6 +19,7 @@ from conftest import ROOT
 from get_nb.lab.data import load_data
 from get_nb.lab import pipeline
 from lint import docstrings, problems, sizes
+from test_numbers import typed_in, unexplained
 from test_paper import run_here
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -45,10 +48,13 @@ def test_a_room(tmp_path):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     nbformat.write(nb, tmp_path / "nbs/47_halving.ipynb")
     assert not problems(tmp_path / "nbs/47_halving.ipynb")
+    assert not unexplained(typed_in(tmp_path / "nbs/47_halving.ipynb"), {})
+    client = NotebookClient(nb, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert any("image/png" in o.get("data", {}) for c in nb.cells for o in c.get("outputs", []))
     subprocess.run([Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, check=True)
     names = {}
     exec((tmp_path / "get_nb/halving.py").read_text(encoding="utf-8"), names)
-    exec(code[-1], names)
     exec(solution, names)
 
 
