@@ -166,7 +166,7 @@ def _plan(look: Look, gpu: bool, quick: bool) -> dict:
         plan |= dict(student_steps=3000, student_batch=64, student_warmup=300, n_iter=6)
         if look.side <= 16:
             plan |= dict(teacher="unet-digits", steps=2200, batch=128, lr=0.004, half_life=40000)
-            plan |= dict(pairs=12000, get_lr=0.004, vit_lr=0.016)
+            plan |= dict(pairs=12000, get_lr=0.004, vit_lr=0.008)
         else:
             plan |= dict(teacher="unet-fashion", steps=4400, batch=32, lr=0.002, half_life=20000)
             plan |= dict(pairs=8000, get_lr=0.002, vit_lr=0.004)
