@@ -15,12 +15,12 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from .distillation import DistillConfig, distill_loss
 from .get import GET
-from .lab.core import EVAL_SEED, Ints, autocast, config, progress, require, require_callable
+from .lab.core import EVAL_SEED, Ints, autocast, config, device_of, progress, require, require_callable
 from .lab.core import require_config, require_eval, require_model, require_whole, send, unwrapped
 from .lab.counting import flops, kept_bytes
 from .lab.images import ImageSet, check_bytes, finite_bytes
 from .pairs import draw_noise
-from .precond import EDMPrecond
+from .precond import is_denoiser
 from .sampler import find_sampler, num_evaluations
 
 # %% ../nbs/32_evaluation.ipynb #fd3631a5
@@ -49,7 +49,7 @@ def generate(
     run = model if formulation is None else formulation
     require_eval("model", run)
     with autocast(precision, noise.device):
-        if isinstance(unwrapped(model), EDMPrecond):
+        if is_denoiser(model):
             return find_sampler(sampler)(model, noise, labels, num_steps=num_steps).float()
         if isinstance(unwrapped(model), GET):
             return run(noise, labels, n_iter=n_iter)
@@ -84,7 +84,7 @@ def sample_seeds(model, seeds: range, conditional: bool = True, **how):
     Raises:
         ConfigError: an image is not finite; the message says how many, and of which seeds
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     noise, labels = _start(model, seeds, conditional)
     began = time.perf_counter()
     images = generate(model, send(noise, device), send(labels, device), **how)
@@ -132,11 +132,11 @@ def cost(model, conditional: bool = True, **how) -> dict:
     Returns:
         dict of evaluations, gmac (1e9 multiply-adds per image), parameters
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     noise, labels = (send(x, device) for x in _start(model, range(2), conditional))
     total = flops(lambda: generate(model, noise, labels, **how))  # of two images
     evaluations = 1
-    if isinstance(unwrapped(model), EDMPrecond):
+    if is_denoiser(model):
         evaluations = num_evaluations(how.get("num_steps", 18), how.get("sampler", "heun"))
     parameters = sum(p.numel() for p in model.parameters())
     return dict(evaluations=evaluations, gmac=total / 2 / 2 / 1e9, parameters=parameters)
@@ -154,7 +154,7 @@ def training_cost(model, cfg: DistillConfig, batch_size: int = 8, distance=None)
     Returns:
         dict of train_gflop (1e9 FLOP, forward and backward) and activation_mb (1e6 bytes), both per image
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     noise, labels = (send(x, device) for x in _start(model, range(batch_size)))
 
     def step():
@@ -283,14 +283,14 @@ def family(model) -> str:
     said = getattr(model, "meta", {}).get("family")
     if said:
         return said
-    if isinstance(unwrapped(model), EDMPrecond):
+    if is_denoiser(model):
         return "teacher"
     return "get" if isinstance(unwrapped(model), GET) else "vit"
 
 # %% ../nbs/32_evaluation.ipynb #fc686145
 def _ways(model, cfg: EvalConfig) -> list:
     "The ways of sampling a model that cfg asks for: its own first, then the sweep."
-    if isinstance(unwrapped(model), EDMPrecond):
+    if is_denoiser(model):
         return [dict(num_steps=n, sampler=cfg.sampler) for n in (cfg.num_steps, *cfg.sweep)]
     if isinstance(unwrapped(model), GET):
         return [dict(n_iter=n) for n in (model.cfg.n_iter, *cfg.sweep)]
@@ -302,8 +302,8 @@ def evaluate(model, cfg: EvalConfig, train, test, network, data: str, formulatio
 
     Args:
         model: teacher, GET or ViT, eval mode; or a module of your own, model(noise, labels) -> images, with `.config`,
-            a dict of name, num_classes (0: unconditional), image_size and channels; a subclass of EDMPrecond is sampled
-            as a teacher, D(x, sigma, labels)
+            a dict of name, num_classes (0: unconditional), image_size and channels; with builder="teacher"
+            it is sampled as a teacher, D(x, sigma, labels)
         cfg: what is measured
         train: training split: an ImageSet, or a dict of mu and sigma
         test: held-out split, likewise

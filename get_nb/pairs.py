@@ -6,14 +6,13 @@
 __all__ = ['pair_noise', 'pair_label', 'draw_noise', 'PairsConfig', 'sample_pairs']
 
 # %% ../nbs/13_pairs.ipynb #b42e7bc9
-import itertools
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
-from .lab.core import Precision, autocast, config, require, rng, send, whole_numbers
+from .lab.core import Precision, autocast, config, device_of, require, rng, send, whole_numbers
 from .sampler import SAMPLERS
 
 # %% ../nbs/13_pairs.ipynb #f9bcc529
@@ -116,7 +115,7 @@ def sample_pairs(denoiser, seeds, cfg: PairsConfig):
     Raises:
         ConfigError: as the samplers, a denoiser in training mode with dropout too
     """
-    device = next(itertools.chain(denoiser.parameters(), denoiser.buffers()), torch.empty(0, device="cpu")).device
+    device = device_of(denoiser)
     noise, labels = draw_noise(seeds, cfg.shape, cfg.num_classes)
     levels = dict(num_steps=cfg.num_steps, sigma_min=cfg.sigma_min, sigma_max=cfg.sigma_max, rho=cfg.rho)
     images = []

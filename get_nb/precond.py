@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_sigma', 'IdealDenoiser', 'edm_coefficients', 'PositionalEmbedding', 'FourierEmbedding', 'class_vectors',
-           'EDMPrecond', 'edm_loss']
+           'EDMPrecond', 'is_denoiser', 'edm_loss']
 
 # %% ../nbs/10_precond.ipynb #a75e190b
 from numbers import Real
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .lab.core import ConfigError, require, send
+from .lab.core import ConfigError, require, send, unwrapped
 from .lab.files import OnHub
 from .lab.images import check_labels, readable
 
@@ -216,6 +216,19 @@ class EDMPrecond(OnHub, nn.Module):
         own = next(self.parameters(), x).dtype  # the network's; all around it stays float32, as EDM's use_fp16 has it
         F_x = self.model((c_in * x).to(own), c_noise.flatten().expand(len(x)), classes, augment)
         return c_skip * x + c_out * F_x.float()
+
+# %% ../nbs/10_precond.ipynb #38d544cb
+def is_denoiser(model) -> bool:
+    """Is a model sampled as a teacher?
+
+    Args:
+        model: nn.Module, compiled or not
+
+    Returns:
+        True for an EDMPrecond, and for any other whose `.config` holds builder="teacher"
+    """
+    own = unwrapped(model)
+    return isinstance(own, EDMPrecond) or getattr(own, "config", {}).get("builder") == "teacher"
 
 # %% ../nbs/10_precond.ipynb #09276c78
 def edm_loss(denoiser, image, labels, noise, normal, p_mean: float, p_std: float):

@@ -6,14 +6,15 @@
 __all__ = ['Fraction', 'Ints', 'EVAL_SEED', 'Precision', 'ConfigError', 'FileError', 'UnreadableFileError', 'UnsafeFileError',
            'require', 'require_whole', 'require_model', 'require_eval', 'unwrapped', 'whole_numbers',
            'require_callable', 'require_config', 'nearest', 'config', 'explain', 'build_config', 'seed_of', 'rng',
-           'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup', 'usual_tensors', 'autocast', 'send',
-           'process_count', 'is_main', 'find_root', 'home_folder', 'in_clone', 'progress']
+           'torch_rng', 'seed_everything', 'keep_memory', 'steady', 'setup', 'usual_tensors', 'autocast', 'device_of',
+           'send', 'process_count', 'is_main', 'find_root', 'home_folder', 'in_clone', 'progress']
 
 # %% ../../nbs/lab/00_core.ipynb #511b90ae
 import ctypes
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -442,6 +443,21 @@ def autocast(precision: Precision, device):
     return torch.autocast(kind, dtype=dtype, enabled=precision != "float32")
 
 # %% ../../nbs/lab/00_core.ipynb #10dce14e
+def device_of(module):
+    """Where a module computes.
+
+    Args:
+        module: nn.Module; one without weights tells it by its buffers
+
+    Returns:
+        torch.device; the CPU where there is neither
+    """
+    import torch
+
+    held = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in held), torch.device("cpu"))
+
+
 def send(x, device):
     """Put a tensor where it is needed, without waiting for a GPU: by way of page-locked memory.
 
