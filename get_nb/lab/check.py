@@ -24,11 +24,11 @@ COUNTED = (
     *("parameters", "trained", "kinds", "gmac", "train_gflop", "train_tflop", "tflop", "activation_mb"),
     *("evaluations", "evaluations_per_pair", "teacher_evaluations", "num_steps", "n_iter", "steps", "batch_size"),
     *("pairs", "pairs_seen", "images_seen", "train_images", "real_images"),
-    *("lr", "lr_critic", "loss_weight", "critic_features"),
+    *("lr", "lr_critic", "loss_weight", "critic_features", "shuffled"),
 )
 _REASONS = {
     "time of the machine at hand": ("seconds", "ms_per_image", "ms_per_step", "plan"),
-    "who made the record, and with what": ("stage", "provenance", "about", "family"),
+    "who made the record, and with what": ("stage", "provenance", "about", "family", "network"),
     "an error bar, not a value": ("fd_std", "inception_score_std", "kid_std", "std"),
     "near zero, where a share of it says nothing": ("kid",),
     "of the same images as FD, precision and recall, which are checked": (
