@@ -149,6 +149,8 @@ def published_same(stage, stages: dict, rates: dict, machine: str) -> Measured |
 def published_nearest(stage, cost: dict, known: list) -> Measured | None:
     """The published stage that tells most about another: of its kind of work, its notebook, and its size.
 
+    Where several are of one size, it is the fastest: other work on the machine makes a stage slower, never faster.
+
     Args:
         stage: Stage of a profile
         cost: of `stage_cost`
@@ -162,4 +164,7 @@ def published_nearest(stage, cost: dict, known: list) -> Measured | None:
     def distance(m):
         return m.notebook != stage.notebook.stem, abs(math.log(m.image / image)) if image else 0.0
 
-    return min((m for m in known if m.kind and m.kind == cost["kind"]), key=distance, default=None)
+    alike = [m for m in known if m.kind and m.kind == cost["kind"]]
+    nearest, apart = min(map(distance, alike), default=(False, 0.0))
+    near = [m for m in alike if distance(m) <= (nearest, apart + 0.05) and distance(m)[0] == nearest]
+    return max(near, key=lambda m: m.rate, default=None)
