@@ -1,5 +1,6 @@
 """Shapes, the gpu profile, and the ways beyond one machine: Snakefile, SLURM profile, container file, prices."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -199,6 +200,28 @@ def test_a_stage_that_was_not_published_is_told_by_the_nearest_in_size():
             if took:
                 told = 1e15 * cost["pflop"] / published_nearest(stages[name], cost, others).rate
                 assert 1 / 2 < told / took[0] < 2, name
+
+
+def test_a_stage_is_told_by_the_same_processor_with_other_threads_where_its_own_were_not_measured():
+    stages = load_profile(ROOT, "cpu")
+    some = next(known for known in measured_rates(ROOT / "results").values() if any(m.stage == "get" for m in known))
+    known = [m for m in some if m.kind == "train transformer"]
+    for threads, told in ((1, True), (3, True), (0, False)):
+        machine = f"Some processor, {threads} threads" if told else "Another processor, 1 threads"
+        rows = price_table(stages, {machine: known}, "Some processor, 8 threads")["rows"]
+        hours = next(r["hours"] for r in rows if r["stage"] == "get")
+        assert (hours != "not measured") == told, machine
+
+
+def test_of_stages_as_near_the_least_disturbed_tells():
+    stages = load_profile(ROOT, "cpu")
+    cost = stage_cost(stages["get"], stages, "digits")
+    quiet = next(
+        m for known in measured_rates(ROOT / "results").values() for m in known if m.profile == "cpu" and m.stage == "get"
+    )
+    busy = dataclasses.replace(quiet, stage="busy", seconds=4 * quiet.seconds)
+    for order in ([quiet, busy], [busy, quiet]):
+        assert published_nearest(stages["get"], cost, order) is quiet
 
 
 @pytest.mark.parametrize("same", [True, False])

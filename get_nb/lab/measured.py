@@ -147,9 +147,9 @@ def published_same(stage, stages: dict, rates: dict, machine: str) -> Measured |
 
 # %% ../../nbs/lab/41b_measured.ipynb #41b00012
 def published_nearest(stage, cost: dict, known: list) -> Measured | None:
-    """The published stage that tells most about another: of its kind of work, its notebook, and its size.
+    """The published stage that tells most about another: of its notebook and kind, nearest in size and work.
 
-    Where several are of one size, it is the fastest: other work on the machine makes a stage slower, never faster.
+    Where several are as near, it is the fastest: other work on the machine makes a stage slower, never faster.
 
     Args:
         stage: Stage of a profile
@@ -159,10 +159,12 @@ def published_nearest(stage, cost: dict, known: list) -> Measured | None:
     Returns:
         Measured, or None where no work of this kind was published
     """
-    image = 1e15 * cost["pflop"] / cost["evaluations"] if cost.get("evaluations") else 0.0
+    flop = 1e15 * cost["pflop"]
+    image = flop / cost["evaluations"] if cost.get("evaluations") else 0.0
 
     def distance(m):
-        return m.notebook != stage.notebook.stem, abs(math.log(m.image / image)) if image else 0.0
+        apart = abs(math.log(m.flop / flop)) + (abs(math.log(m.image / image)) if image else 0.0)
+        return m.notebook != stage.notebook.stem, apart
 
     alike = [m for m in known if m.kind and m.kind == cost["kind"]]
     nearest, apart = min(map(distance, alike), default=(False, 0.0))
