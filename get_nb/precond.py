@@ -228,7 +228,8 @@ def is_denoiser(model) -> bool:
         True for an EDMPrecond, and for any other whose `.config` holds builder="teacher"
     """
     own = unwrapped(model)
-    return isinstance(own, EDMPrecond) or getattr(own, "config", {}).get("builder") == "teacher"
+    said = getattr(own, "config", None)  # another library's may be of any kind
+    return isinstance(own, EDMPrecond) or isinstance(said, dict) and said.get("builder") == "teacher"
 
 # %% ../nbs/10_precond.ipynb #09276c78
 def edm_loss(denoiser, image, labels, noise, normal, p_mean: float, p_std: float):

@@ -26,7 +26,11 @@ def read(path):
 
 # What is published
 
-WORDED = {"table_claims", "table_7_scaling", "table_7_pairs"}  # tables whose cells are sentences or fits, written by code from records
+WORDED = {
+    "table_claims",
+    "table_7_scaling",
+    "table_7_pairs",
+}  # tables whose cells are sentences or fits, written by code from records
 
 
 @pytest.mark.parametrize("path", [p for p in TABLES if p.stem.startswith("table_7")], ids=relative)

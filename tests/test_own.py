@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -14,6 +16,7 @@ from get_nb.lab import cli
 from get_nb.lab.core import rng
 from get_nb.lab.own import look_at, noise_levels
 from get_nb.lab.profiles import load_profile
+from get_nb.precond import is_denoiser
 
 
 def draw(folder, classes=3, each=12, size=(16, 16), mode="L", contrast=255):
@@ -167,3 +170,21 @@ def test_the_whole_chain_runs_on_a_folder_of_pictures_and_reports_about_them(tmp
     table = (tmp_path / "runs/mine/table_2_conditional/table_2_conditional.md").read_text(encoding="utf-8")
     assert "FD-squares" in table and "3 classes, 8x8 pixels, grey" in table and "digits" not in table
     assert "digits" not in (tmp_path / "runs/mine/figure_samples/notebook.html").read_text(encoding="utf-8")[-20_000:]
+
+
+def test_progress_stays_out_of_standard_output_where_ipykernel_is_merely_imported():
+    code = "import ipykernel; from get_nb.lab.core import progress; print(sum(progress(range(3))))"
+    env = {**os.environ, "GET_NB_PROGRESS": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == "3\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "config", [None, "unet", ["teacher"], dict(builder="model"), SimpleNamespace(builder="teacher")]
+)
+def test_only_a_config_that_says_so_makes_a_denoiser(config):
+    model = torch.nn.Identity()
+    model.config = config
+    assert not is_denoiser(model)
+    model.config = dict(builder="teacher")
+    assert is_denoiser(model)

@@ -217,7 +217,10 @@ def test_of_stages_as_near_the_least_disturbed_tells():
     stages = load_profile(ROOT, "cpu")
     cost = stage_cost(stages["get"], stages, "digits")
     quiet = next(
-        m for known in measured_rates(ROOT / "results").values() for m in known if m.profile == "cpu" and m.stage == "get"
+        m
+        for known in measured_rates(ROOT / "results").values()
+        for m in known
+        if m.profile == "cpu" and m.stage == "get"
     )
     busy = dataclasses.replace(quiet, stage="busy", seconds=4 * quiet.seconds)
     for order in ([quiet, busy], [busy, quiet]):

@@ -580,7 +580,7 @@ def progress(iterable=None, total: int | None = None, desc: str = "", initial: i
     kw = dict(total=total, desc=desc, initial=initial, mininterval=0.5)
     if where and where != "off" and is_main():
         return _FileBar(iterable, file=open(os.devnull, "w", encoding="utf-8"), **kw)
-    kernel = "ipykernel" in sys.modules
+    kernel = type(sys.stdout).__module__.startswith("ipykernel")  # importing ipykernel makes no notebook
     bar, kw = (tqdm, kw) if kernel or sys.stderr.isatty() else (_LogBar, kw | _LOG)
     kw["file"] = sys.stdout if kernel else sys.stderr
     return bar(iterable, leave=False, disable=where == "off" or not is_main(), **kw)

@@ -162,11 +162,10 @@ def published_nearest(stage, cost: dict, known: list) -> Measured | None:
     flop = 1e15 * cost["pflop"]
     image = flop / cost["evaluations"] if cost.get("evaluations") else 0.0
 
-    def distance(m):
-        apart = abs(math.log(m.flop / flop)) + (abs(math.log(m.image / image)) if image else 0.0)
-        return m.notebook != stage.notebook.stem, apart
+    def apart(m):
+        return abs(math.log(m.flop / flop)) + abs(math.log(m.image / image)) if image else 0.0
 
     alike = [m for m in known if m.kind and m.kind == cost["kind"]]
-    nearest, apart = min(map(distance, alike), default=(False, 0.0))
-    near = [m for m in alike if distance(m) <= (nearest, apart + 0.05) and distance(m)[0] == nearest]
-    return max(near, key=lambda m: m.rate, default=None)
+    alike = [m for m in alike if m.notebook == stage.notebook.stem] or alike
+    least = min(map(apart, alike), default=0.0)
+    return max((m for m in alike if apart(m) <= least + 0.05), key=lambda m: m.rate, default=None)
